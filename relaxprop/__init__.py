@@ -1,0 +1,23 @@
+"""Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
+
+from relaxprop.diagnostics import Alignment, Convergence, alignment, convergence
+from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
+from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
+from relaxprop.transients import steps_to_converge
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationRelaxation",
+    "Alignment",
+    "ClosedForm",
+    "Continuous",
+    "Convergence",
+    "Equilibrium",
+    "Euler",
+    "NonFiniteStateError",
+    "Relaxation",
+    "alignment",
+    "convergence",
+    "steps_to_converge",
+]

@@ -1,0 +1,203 @@
+r"""How far Activation Relaxation is from backpropagation, on the user's own model, loss and data.
+
+Nothing here changes the model: gradients are returned and not accumulated, and buffers (batch norm's statistics) and
+the random state are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from relaxprop.graph import Graph, States
+from relaxprop.recording import find_vertices, replace_tensors
+from relaxprop.relaxation import ActivationRelaxation
+from relaxprop.solvers import Euler, add
+from relaxprop.transients import discrete_hops
+
+LossFunction = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A parameter's gradient beside backpropagation's.
+
+    Attributes:
+        cosine: of the angle between the two, in [−1, 1]; not a number where one of them is zero.
+        angle: the same in degrees, in [0, 180].
+        norm_ratio: norm of the gradient over the norm of backpropagation's.
+    """
+
+    cosine: float
+    angle: float
+    norm_ratio: float
+
+
+def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) -> dict[str, Alignment]:
+    """Compares the gradient of every parameter with backpropagation's, on the same forward pass.
+
+    Args:
+        model: the wrapped module.
+        loss_fn: maps the model's result to a scalar loss, for instance
+            ``lambda output: ((output - target) ** 2).sum()``.
+        inputs: the model's arguments.
+
+    Returns:
+        By the parameter's name in the plain module; parameters that the loss does not depend on are left out.
+
+    Raises:
+        TypeError: ``model`` is not wrapped, or the loss is no scalar.
+    """
+    _check_model(model)
+    parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+
+    def gradients(forward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+        with _undisturbed(model), torch.enable_grad():
+            loss = _scalar(loss_fn(forward(*inputs)))
+            return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    before = model.last_relaxation
+    relaxed, exact = gradients(model), gradients(model.module)
+    model.last_relaxation = before
+    return {
+        name: _compare(g, b)
+        for name, g, b in zip(parameters, relaxed, exact, strict=True)
+        if g is not None and b is not None
+    }
+
+
+def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
+    g, b = gradient.double().flatten(), exact.double().flatten()
+    g_norm, b_norm = float(g.norm()), float(b.norm())
+    if g_norm == 0 or b_norm == 0:
+        return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan)
+    g, b = g / g_norm, b / b_norm
+    # The angle from the chord: the arc cosine would round angles below 1e-8 to zero.
+    angle = 2 * math.atan2(float((g - b).norm()), float((g + b).norm()))
+    return Alignment(min(1.0, max(-1.0, float(g @ b))), math.degrees(angle), g_norm / b_norm)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Distance to backpropagation's gradient over the relaxation phase.
+
+    Attributes:
+        solver: the solver whose steps were followed.
+        depth: D, the number of vertices on the longest path.
+        measured: by parameter name, ``‖g_n − g*‖ / ‖g*‖`` after n = 0, 1, …, num_steps steps; shape (num_steps + 1,).
+        predicted: the same from the hop distribution, ``g_n − g* = Σ_k c_k(n) E_k``, without taking a step (E_k: what
+            ``A^k (x̄ − x*)`` contributes to the gradient). For an asynchronous order, of the expected gradient.
+    """
+
+    solver: Euler
+    depth: int
+    measured: Mapping[str, NDArray[np.float64]]
+    predicted: Mapping[str, NDArray[np.float64]]
+
+
+def convergence(
+    model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, solver: Euler | None = None
+) -> Convergence:
+    """The distance of every parameter's gradient to backpropagation's, step by step, measured and predicted.
+
+    Args:
+        model: the wrapped module.
+        loss_fn: maps the model's result to a scalar loss.
+        inputs: the model's arguments.
+        solver: whose steps to follow; by default the model's own solver, where it has steps.
+
+    Returns:
+        Curves by the parameter's name in the plain module, without those whose gradient is zero.
+
+    Raises:
+        TypeError: ``model`` is not wrapped, or the loss is no scalar.
+        ValueError: no solver is given and the model's own has no steps to follow.
+    """
+    _check_model(model)
+    euler = solver or model.solver.replay()
+    if euler is None:
+        raise ValueError(f"solver: {model.solver} has no steps to follow, pass solver=Euler(step_size, num_steps)")
+    graph, exact = _driven_graph(model, loss_fn, inputs)
+    parameters = {
+        name: p for name, p in model.module.named_parameters() if name in exact and float(exact[name].norm()) > 0
+    }
+    source = graph.source()
+    initial = graph.initial_states(source)
+    scale = {name: float(exact[name].double().norm()) for name in parameters}
+
+    def gradients(states: States, driven: bool) -> dict[str, Tensor]:
+        found = graph.gradients(states, list(parameters.values()), driven=driven)
+        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+    measured: dict[str, list[float]] = {name: [] for name in parameters}
+    followed = (states for states, _ in euler.trajectory(graph, source, initial))
+    for states in (initial, *islice(followed, euler.num_steps)):
+        for name, g in gradients(states, True).items():
+            measured[name].append(float((g - exact[name]).double().norm()) / scale[name])
+
+    # x_n − x* = Σ_k c_k A^k (x̄ − x*), so a Gram matrix of the D contributions holds every norm for all n.
+    difference = {v: initial[v] - x for v, x in graph.sweep(source, lambda _, arriving: arriving).items()}
+    contributions: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for _ in range(graph.depth):
+        for name, g in gradients(difference, False).items():
+            contributions[name].append(g.double().flatten())
+        difference = add(graph, graph.transport(difference), {})
+    c = np.stack(
+        [discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in range(euler.num_steps + 1)]
+    )
+    predicted = {}
+    for name, parts in contributions.items():
+        gram = (torch.stack(parts) @ torch.stack(parts).T).cpu().numpy() if parts else np.zeros((0, 0))
+        predicted[name] = np.sqrt(np.maximum(np.einsum("nk,kl,nl->n", c, gram, c), 0)) / scale[name]
+    return Convergence(euler, graph.depth, {n: np.array(m) for n, m in measured.items()}, predicted)
+
+
+def _driven_graph(
+    model: ActivationRelaxation, loss_fn: LossFunction, inputs: tuple[Any, ...]
+) -> tuple[Graph, dict[str, Tensor]]:
+    """A recorded pass with ∂L/∂(outputs) set, and backpropagation's gradients by parameter name."""
+    vertices = find_vertices(model.module, model.vertices)
+    with _undisturbed(model), torch.enable_grad():
+        graph, result = model._recorder.record(model.module, vertices, inputs)
+        outputs = [output.detach().requires_grad_() for output in graph.outputs]
+        loss = _scalar(loss_fn(replace_tensors(result, outputs)))
+        graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))
+    with _undisturbed(model), torch.enable_grad():
+        parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+        loss = _scalar(loss_fn(model.module(*inputs)))
+        exact = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return graph, {name: g for name, g in zip(parameters, exact, strict=True) if g is not None}
+
+
+@contextmanager
+def _undisturbed(model: ActivationRelaxation) -> Iterator[None]:
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, ActivationRelaxation):
+        raise TypeError(f"model must be an ActivationRelaxation, got {type(model).__name__}: wrap the module first")
+
+
+def _scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"loss_fn must return a scalar tensor, got {what}")
+    return loss

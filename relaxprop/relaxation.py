@@ -1,0 +1,271 @@
+r"""Activation Relaxation: backpropagation's gradients from local dynamics.
+
+Notation: x̄_i is vertex i's activity in the feedforward pass, x_i its state in the relaxation phase (same shape,
+other meaning: it converges to a gradient), Chi(i) the vertices that read i directly, L the loss.
+
+    (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i |_x̄        relaxation phase, started at x_i = x̄_i
+    (2)  ∂L/∂W^l = (f'(W^l x̄^l) ⊙ x^{l+1}) x̄^{lT}               weight update, at the end of the phase
+
+The paper derives (1) for layers ``x^{l+1} = f(W^l x^l)``, where the sum is ``W^{lT} (f'(W^l x̄^l) ⊙ x^{l+1})``, and
+states it for any directed acyclic graph in its equation (7). At equilibrium ``x_i = ∂L/∂x_i``.
+
+`ActivationRelaxation` below runs (1) and (2) where PyTorch would run backpropagation. Where the pieces are:
+`graph` applies the sum in (1) to all vertices at once, `solvers` integrates (1), `recording` finds the vertices.
+Source: Millidge, Tschantz, Seth, Buckley, arXiv 2010.06219, section 2 and Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relaxprop.graph import Gradients, Graph, States
+from relaxprop.recording import (
+    Granularity,
+    OutputRule,
+    Recorder,
+    find_vertices,
+    replace_tensors,
+    tensors_requiring_grad,
+)
+from relaxprop.solvers import ClosedForm, Relaxation, Solver, add, at_equilibrium
+
+
+class NonFiniteStateError(FloatingPointError):
+    """A state became infinite or not-a-number in the relaxation phase.
+
+    Attributes:
+        vertex: name of the vertex.
+        step: the step after which it was so (0: already at its start); None if the solver has no steps.
+    """
+
+    def __init__(self, vertex: str, step: int | None, hint: str) -> None:
+        self.vertex = vertex
+        self.step = step
+        when = "" if step is None else f" after step {step}" if step else " at the start of the relaxation phase"
+        super().__init__(f"the state of vertex {vertex!r} is not finite{when}: {hint}")
+
+    def __reduce__(self) -> Any:
+        return _rebuild_error, (self.args[0], self.vertex, self.step)
+
+
+def _rebuild_error(message: str, vertex: str, step: int | None) -> NonFiniteStateError:
+    error = NonFiniteStateError(vertex, step, "")
+    error.args = (message,)
+    return error
+
+
+class ActivationRelaxation(nn.Module):
+    r"""Trains ``module`` by Activation Relaxation: ``loss.backward()`` runs (1), then (2), instead of backpropagation.
+
+    Everything else stays as it is: the loss, the optimiser, the training loop. The state dictionary is that of
+    ``module``, without a prefix. In evaluation (``torch.no_grad()``) the module is called directly.
+
+    The initial state of the relaxation phase is the feedforward activity, whatever the loss's scale. So with a finite
+    number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
+    is left of the initial state weigh more beside the gradient; ``last_relaxation.remaining`` says how much is left.
+
+    Args:
+        module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
+        solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 with the paper's 100 steps of 0.1),
+            `Euler`, `Continuous`, `Equilibrium`.
+        vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
+            all modules without submodules), or an iterable of submodules of ``module``.
+        output: "clamped" holds the output at ∂L/∂x^L as in Algorithm 1; "relaxed" lets it relax there like any vertex.
+        check_finite: raise `NonFiniteStateError` when a state overflows. False leaves infinities to propagate, as a
+            gradient scaler for float16 expects.
+        measure_residual: measure, at the price of one more product with A, how far the final states are from
+            equilibrium (``last_relaxation.residuals``).
+
+    Attributes:
+        last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
+
+    Raises:
+        TypeError: ``module`` is no module or already wrapped, or an option has the wrong type.
+        ValueError: an unknown option, or no vertex is found.
+        NonFiniteStateError: in the backward pass, see ``check_finite``.
+        RuntimeError: in the backward pass, if a second derivative is asked for (``create_graph=True``).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        solver: Solver = ClosedForm(),  # noqa: B008 (solvers are immutable)
+        vertices: Granularity | Iterable[nn.Module] = "activations",
+        output: OutputRule = "clamped",
+        check_finite: bool = True,
+        measure_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        if any(isinstance(m, ActivationRelaxation) for m in module.modules()):
+            raise TypeError("module is, or contains, an ActivationRelaxation already: wrap the plain module once")
+        if not isinstance(solver, Solver):
+            raise TypeError(
+                "solver must be one of ClosedForm(…), Euler(…), Continuous(…), Equilibrium(), "
+                f"got {getattr(solver, '__name__', repr(solver))}"
+            )
+        if output not in ("clamped", "relaxed"):
+            raise ValueError(f"output must be 'clamped' or 'relaxed', got {output!r}")
+        if not isinstance(vertices, str | nn.Module) and isinstance(vertices, Iterable):
+            vertices = tuple(vertices)
+        find_vertices(module, vertices)
+        self.module = module
+        self.solver = solver
+        self.vertices = vertices
+        self.output = output
+        self.check_finite = check_finite
+        self.measure_residual = measure_residual
+        self.last_relaxation: Relaxation | None = None
+        self._recorder = Recorder(output)
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own result."""
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        inputs = tensors_requiring_grad((args, kwargs))
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if not inputs and not parameters:
+            return self.module(*args, **kwargs)
+        forward_pass = _ForwardPass(self, args, kwargs)
+        outputs = _RelaxationPhase.apply(forward_pass, *inputs, *parameters)  # type: ignore[no-untyped-call]
+        return replace_tensors(forward_pass.result, outputs)
+
+    def extra_repr(self) -> str:
+        vertices = self.vertices
+        names = [vertices] if isinstance(vertices, str) else find_vertices(self.module, vertices).values()
+        return f"solver={self.solver}, vertices={', '.join(names)}, output={self.output}"
+
+    # The wrapper adds no state of its own, so a checkpoint of the plain module fits, and the other way round.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own state dictionary."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dictionary of the module's own kind."""
+        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Where the wrapper is a part of a larger model, that model's loading looks for its child's full name."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+class _ForwardPass:
+    """Carries one call's arguments into `_RelaxationPhase` and its result out of it."""
+
+    def __init__(self, wrapper: ActivationRelaxation, args: Any, kwargs: Any) -> None:
+        self.wrapper = wrapper
+        self.args = args
+        self.kwargs = kwargs
+        self.solver = wrapper.solver
+        self.result: Any = None
+
+    def run(self) -> Graph:
+        wrapper = self.wrapper
+        cut = self.solver.needs_cut or wrapper.measure_residual
+        vertices = find_vertices(wrapper.module, wrapper.vertices)
+        graph, self.result = wrapper._recorder.record(wrapper.module, vertices, self.args, self.kwargs, cut=cut)
+        return graph
+
+
+class _RelaxationPhase(torch.autograd.Function):
+    """The model as one node of PyTorch's graph, with (1) and (2) as its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, forward_pass: _ForwardPass, *trained: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.graph = forward_pass.run()
+        ctx.wrapper, ctx.solver = forward_pass.wrapper, forward_pass.solver
+        # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
+        ctx.save_for_backward(torch.empty(0))
+        return tuple(output.detach() for output in ctx.graph.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for a second derivative, and the relaxation phase gives first derivatives "
+                "only: call backward() without create_graph, or differentiate the plain module (wrapper.module)"
+            )
+        ctx.saved_tensors  # noqa: B018 (see forward)
+        graph: Graph = ctx.graph
+        # PyTorch has no public name for "will this graph be used again?"
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not keep:
+            ctx.graph = None
+        graph.drive_outputs(output_gradients)
+        needed = ctx.needs_input_grad[1:]
+        wanted = [t for t, need in zip(graph.trained, needed, strict=True) if need]
+        arrived = iter(_relax(ctx.wrapper, ctx.solver, graph, wanted, retain_graph=keep))
+        return None, *(next(arrived) if need else None for need in needed)
+
+
+def _relax(
+    wrapper: ActivationRelaxation, solver: Solver, graph: Graph, wanted: list[Tensor], *, retain_graph: bool
+) -> Gradients:
+    if graph.cut:
+        states, record = solver.solve(graph)  # (1)
+        if wrapper.check_finite:
+            check_finite(graph, states, solver)
+        if wrapper.measure_residual:
+            record = replace(record, residuals=_residuals(graph, states))
+        gradients = graph.gradients(states, wanted, retain_graph=retain_graph)  # (2)
+    else:
+        gradients, states = graph.reverse_mode(wanted, retain_graph=retain_graph)
+        record = at_equilibrium(graph, states)
+        if wrapper.check_finite:
+            check_finite(graph, states, solver)
+    wrapper.last_relaxation = record
+    return gradients
+
+
+def _residuals(graph: Graph, states: States) -> dict[str, float]:
+    """``‖A x + s − x‖ / ‖A x + s‖`` by vertex name; 0 where there is nothing to relax to and nothing left."""
+    drive = add(graph, graph.transport(states), graph.source())
+    residuals = {}
+    for vertex, x in states.items():
+        distance, size = float((drive[vertex] - x).norm()), float(drive[vertex].norm())
+        residuals[vertex.name] = distance / size if size else math.inf if distance else 0.0
+    return residuals
+
+
+def check_finite(graph: Graph, states: States, solver: Solver) -> None:
+    """Refuse states that are infinite or not a number.
+
+    Raises:
+        NonFiniteStateError: names the first vertex and step where it was so.
+    """
+    # A finite sum has finite terms: only where it is not, a closer look is needed.
+    sums = [x.sum() for x in states.values()]
+    if not sums or torch.stack([x.to(sums[0].device) for x in sums]).isfinite().all():
+        return
+    vertex, step = _first_not_finite(states), None
+    if vertex is None:
+        return
+    hint = "lower the learning rate or look at the loss; a gradient scaler wants check_finite=False"
+    if graph.cut and (euler := solver.replay()) is not None:
+        source = graph.source()
+        x = graph.initial_states(source)
+        if (at_start := _first_not_finite(x)) is not None:
+            raise NonFiniteStateError(at_start, 0, hint)
+        trajectory = islice(euler.trajectory(graph, source, x), euler.num_steps)
+        for step, (following, _) in enumerate(trajectory, 1):
+            if (first := _first_not_finite(following)) is not None:
+                raise NonFiniteStateError(first, step, hint)
+    raise NonFiniteStateError(vertex, step, hint)
+
+
+def _first_not_finite(states: States) -> str | None:
+    return next((v.name for v, x in states.items() if not bool(x.isfinite().all())), None)

@@ -1,0 +1,313 @@
+r"""Solvers of the relaxation phase: from the initial state x̄ towards ``x* = Σ_k A^k s = ∂L/∂x``.
+
+    Euler        x ← x + η (A x + s − x), n times                            equations (1) and (7), step by step
+    ClosedForm   x_n = Σ_{k<D} [ c_k A^k x̄ + d_k A^k s ]                     the same x_n in D − 1 products with A
+    Continuous   x(T), the same sum with Poisson weights                     the differential equation itself
+    Equilibrium  x* = s + A x*                                               the limit, one reverse sweep
+
+A is applied by `Graph.transport`; c_k and d_k come from `transients`.
+Source: Millidge et al., arXiv 2010.06219, Algorithm 1; the closed form is this project's own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Real
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relaxprop.graph import Graph, States, Vertex
+from relaxprop.transients import (
+    UPDATE_PROBABILITY,
+    Hops,
+    Order,
+    check_count,
+    check_order,
+    check_step_size,
+    check_tolerance,
+    continuous_hops,
+    discrete_hops,
+    steps_to_converge,
+)
+
+# Weight of the initial state below which it is left out: rounding in double precision, whatever the states' type, since
+# activities can be many orders of magnitude larger than gradients.
+NEGLIGIBLE = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """What one relaxation phase did.
+
+    Attributes:
+        vertices: number of vertices that relaxed.
+        depth: D, the number of vertices on the longest path.
+        num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
+        transports: products with A that were made; a sweep counts as one, as it visits every edge once.
+        remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
+            the order is asynchronous). 0: the states are the gradient.
+        converged: whether ``remaining`` is below the rounding of the states' type or, for `Euler` with a
+            tolerance, whether the tolerance was reached.
+        residuals: by vertex name, ``‖A x + s − x‖ / ‖A x + s‖`` in the final state; None unless asked for with
+            ``ActivationRelaxation(…, measure_residual=True)``.
+    """
+
+    vertices: int
+    depth: int
+    num_steps: int | None
+    transports: int
+    remaining: float
+    converged: bool
+    residuals: Mapping[str, float] | None = None
+
+    @property
+    def residual(self) -> float | None:
+        """The largest of ``residuals``; None unless asked for."""
+        return None if self.residuals is None else max(self.residuals.values(), default=0.0)
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """Finds the states at the end of a relaxation phase."""
+
+    needs_cut: ClassVar[bool] = True  # whether the graph must be recorded with its cuts
+
+    @abstractmethod
+    def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        """The states of all vertices of a graph whose outputs are driven, and the record of how they were found."""
+
+    def replay(self) -> Euler | None:
+        """The step-by-step solver of the same states, if there is one: it tells in which step a state overflowed."""
+        return None
+
+
+@dataclass(frozen=True)
+class Euler(Solver):
+    """Algorithm 1, step by step: ``x ← x + η (A x + s − x)``.
+
+    Args:
+        step_size: η in (0, 2).
+        num_steps: number of steps, ≥ 1; with a tolerance, at most so many.
+        order: "simultaneous" updates all vertices at once (the paper's text), "sequential" each from its
+            children's new states, from the output down (the authors' code), "asynchronous" in each step a
+            random half of the vertices (drawn from PyTorch's CPU generator, so ``torch.manual_seed`` fixes it).
+        tolerance: stop as soon as ``‖A x + s − x‖ ≤ tolerance · ‖A x + s‖`` at every vertex, but not before the
+            initial state's weight is down to the tolerance everywhere: deep in a graph, states can stand still
+            for a while before the gradient has come by.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+    """
+
+    step_size: float = 0.1
+    num_steps: int = 100
+    _: KW_ONLY
+    order: Order = "simultaneous"
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        check_step_size(self.step_size)
+        check_count("num_steps", self.num_steps)
+        check_order(self.order)
+        if self.tolerance is not None:
+            check_tolerance(self.tolerance)
+
+    def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        source = graph.source()
+        states = initial = graph.initial_states(source)
+        steps, reached = 0, False
+        earliest = math.inf
+        if self.tolerance is not None and graph.depth:
+            earliest = steps_to_converge(graph.depth, self.step_size, self.tolerance, order=self.order)
+        for following, drive in self.trajectory(graph, source, initial):
+            previous, states, steps = states, following, steps + 1
+            reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
+            if reached or steps == self.num_steps:
+                break
+        hops = discrete_hops(graph.depth, self.step_size, steps, self.order)
+        record = _record(graph, states, hops, num_steps=steps, transports=steps)
+        return states, record if self.tolerance is None else replace(record, converged=reached)
+
+    def trajectory(self, graph: Graph, source: States, states: States) -> Iterator[tuple[States, States]]:
+        """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
+        step = self._sequential_step if self.order == "sequential" else self._simultaneous_step
+        while True:
+            states, drive = step(graph, source, states)
+            yield states, drive
+
+    def _simultaneous_step(self, graph: Graph, source: States, states: States) -> tuple[States, States]:
+        drive = add(graph, graph.transport(states), source)
+        updated = graph.vertices
+        if self.order == "asynchronous":
+            chosen = (torch.rand(len(updated)) < UPDATE_PROBABILITY).tolist()
+            updated = [v for v, update in zip(updated, chosen, strict=True) if update]
+        return states | {v: torch.lerp(states[v], drive[v], self.step_size) for v in updated}, drive
+
+    def _sequential_step(self, graph: Graph, source: States, states: States) -> tuple[States, States]:
+        drive: States = {}
+
+        def settle(vertex: Vertex, arriving: Tensor) -> Tensor:
+            drive[vertex] = arriving
+            return torch.lerp(states[vertex], arriving, self.step_size)
+
+        return graph.sweep(source, settle), drive
+
+    def _within_tolerance(self, states: States, drive: States, initial: States) -> bool:
+        assert self.tolerance is not None
+        for vertex, x in states.items():
+            rounding = torch.finfo(x.dtype).eps * initial[vertex].norm()
+            if (drive[vertex] - x).norm() > torch.maximum(self.tolerance * drive[vertex].norm(), rounding):
+                return False
+        return True
+
+    def replay(self) -> Euler | None:
+        return None if self.order == "asynchronous" else self
+
+
+class _Linear(Solver):
+    """The closed form of a linear schedule: a polynomial in A whose coefficients are hop probabilities."""
+
+    @abstractmethod
+    def hops(self, depth: int) -> Hops:
+        """c_k and d_k for k < depth."""
+
+    def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        hops = self.hops(graph.depth)
+        source = graph.source()
+        if np.all(np.abs(hops.initial) < NEGLIGIBLE):  # nothing of x̄ is left: x_n = x*
+            states, transports = graph.sweep(source, lambda _, arriving: arriving), 1
+        else:
+            states, transports = _horner(graph, source, hops)
+        return states, _record(graph, states, hops, num_steps=self._num_steps(), transports=transports)
+
+    def _num_steps(self) -> int | None:
+        return None
+
+
+def _horner(graph: Graph, source: States, hops: Hops) -> tuple[States, int]:
+    """``Σ_k [ c_k A^k x̄ + d_k A^k s ]`` by Horner's rule: y ← A y + c_k x̄ + d_k s, for k from the last term to 0.
+
+    A^k reaches no vertex with fewer than k vertices upstream from below the input, so stage k leaves those out: what is
+    nearest to the input, often the most expensive, is visited once.
+    """
+    initial = graph.initial_states(source)
+    terms = np.flatnonzero((hops.initial != 0) | (hops.source != 0))
+    last = int(terms[-1]) if len(terms) else 0
+    states: States = {}
+    for k in range(last, -1, -1):
+        active = graph.with_upstream(k)
+        arriving = graph.transport(states, active)
+        c, d = float(hops.initial[k]), float(hops.source[k])
+        states = {}
+        for v in active:
+            y = torch.add(arriving[v], initial[v], alpha=c) if v in arriving else c * initial[v]
+            states[v] = y.add_(source[v], alpha=d) if v in source else y
+    return states, last
+
+
+@dataclass(frozen=True)
+class ClosedForm(_Linear):
+    """The states after ``num_steps`` Euler steps, to rounding, in D − 1 products with A (D: the graph's depth).
+
+    Where nothing of the initial state is left, one reverse sweep replaces them.
+
+    Args:
+        step_size: η in (0, 2).
+        num_steps: number of steps, ≥ 1.
+        order: "simultaneous" (the paper's text) or "sequential" (the authors' code).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+    """
+
+    step_size: float = 0.1
+    num_steps: int = 100
+    _: KW_ONLY
+    order: Order = "simultaneous"
+
+    def __post_init__(self) -> None:
+        check_step_size(self.step_size)
+        check_count("num_steps", self.num_steps)
+        check_order(self.order, ("simultaneous", "sequential"))
+
+    def hops(self, depth: int) -> Hops:
+        return discrete_hops(depth, float(self.step_size), int(self.num_steps), self.order)
+
+    def _num_steps(self) -> int:
+        return self.num_steps
+
+    def replay(self) -> Euler:
+        return Euler(self.step_size, self.num_steps, order=self.order)
+
+
+@dataclass(frozen=True)
+class Continuous(_Linear):
+    """The differential equation ``dx/dt = −x + A x + s`` itself, solved exactly up to time ``duration``.
+
+    Args:
+        duration: T > 0, in units of the relaxation's time constant; n steps of η correspond to T = n η.
+
+    Raises:
+        TypeError, ValueError: a duration that is no positive, finite number.
+    """
+
+    duration: float = 10.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.duration, bool) or not isinstance(self.duration, Real):
+            raise TypeError(f"duration must be a positive number, got {self.duration!r}")
+        if not 0 < float(self.duration) < math.inf:
+            raise ValueError(f"duration must be positive and finite, got {self.duration!r}")
+
+    def hops(self, depth: int) -> Hops:
+        return continuous_hops(depth, self.duration)
+
+
+@dataclass(frozen=True)
+class Equilibrium(Solver):
+    """The limit of every schedule, ``x* = s + A x* = ∂L/∂x``, by one sweep from the output to the input.
+
+    `ActivationRelaxation` records its graph without cuts: there that sweep is reverse-mode differentiation itself.
+    """
+
+    needs_cut = False
+
+    def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        states = graph.sweep(graph.source(), lambda _, arriving: arriving)
+        return states, at_equilibrium(graph, states)
+
+
+def at_equilibrium(graph: Graph, states: States) -> Relaxation:
+    """The record of states that one sweep has brought to equilibrium."""
+    settled = Hops(np.zeros(graph.depth), np.ones(graph.depth))
+    return _record(graph, states, settled, num_steps=None, transports=1)
+
+
+def add(graph: Graph, left: States, right: States) -> States:
+    """``left + right`` at every vertex of the graph."""
+    total: States = {}
+    for v in graph.vertices:
+        if v in left and v in right:
+            total[v] = left[v] + right[v]
+        else:
+            total[v] = left[v] if v in left else right[v] if v in right else v.zeros()
+    return total
+
+
+def _record(graph: Graph, states: States, hops: Hops, *, num_steps: int | None, transports: int) -> Relaxation:
+    remaining = hops.remaining()
+    rounding = min((torch.finfo(x.dtype).eps for x in states.values()), default=0.0)
+    return Relaxation(
+        vertices=len(graph.vertices),
+        depth=graph.depth,
+        num_steps=num_steps,
+        transports=transports,
+        remaining=remaining,
+        converged=remaining <= rounding,
+    )
