@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ ORDERS: tuple[Order, ...] = ("simultaneous", "sequential", "asynchronous")
 
 UPDATE_PROBABILITY = 0.5  # of a vertex, in one step of an asynchronous relaxation
 
-Coefficients = NDArray[np.float64]
+Coefficients = NDArray[np.floating[Any]]
 
 
 class Hops(NamedTuple):
@@ -68,8 +68,8 @@ def discrete_hops(depth: int, step_size: float, num_steps: int, order: Order) ->
 
     def after(second: Hops, first: Hops) -> Hops:
         return Hops(
-            np.convolve(second.initial, first.initial)[:depth].astype(np.float64),
-            np.convolve(second.initial, first.source)[:depth].astype(np.float64) + second.source,
+            np.convolve(second.initial, first.initial)[:depth],
+            np.convolve(second.initial, first.source)[:depth] + second.source,
         )
 
     result = Hops(identity, np.zeros(depth))
@@ -85,8 +85,8 @@ def continuous_hops(depth: int, duration: float) -> Hops:
     """c_k and d_k at time T = ``duration`` of the paper's differential equation: Poisson(T)."""
     k = np.arange(depth)
     return Hops(
-        np.asarray(stats.poisson.pmf(k, duration), dtype=np.float64),
-        np.asarray(stats.poisson.sf(k, duration), dtype=np.float64),
+        np.asarray(stats.poisson.pmf(k, duration)),
+        np.asarray(stats.poisson.sf(k, duration)),
     )
 
 
