@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaxprop.graph import Graph, States
-from relaxprop.recording import find_vertices, replace_tensors
+from relaxprop.recording import find_vertices, map_tensors, trained_parameters
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler, add
 from relaxprop.transients import discrete_hops
@@ -167,9 +167,10 @@ def _driven_graph(
     """A recorded pass with ∂L/∂(outputs) set, and backpropagation's gradients by parameter name."""
     vertices = find_vertices(model.module, model.vertices)
     with _undisturbed(model), torch.enable_grad():
-        graph, result = model._recorder.record(model.module, vertices, inputs)
+        graph, result = model._recorder.record(model.module, vertices, trained_parameters(model.module), inputs)
         outputs = [output.detach().requires_grad_() for output in graph.outputs]
-        loss = _scalar(loss_fn(replace_tensors(result, outputs)))
+        replacements = iter(outputs)
+        loss = _scalar(loss_fn(map_tensors(lambda x: next(replacements) if x.requires_grad else x, result)))
         graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))
     with _undisturbed(model), torch.enable_grad():
         parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}

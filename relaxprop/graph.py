@@ -16,7 +16,8 @@ Source: Millidge et al., arXiv 2010.06219, section 2 and Appendix A.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class Vertex:
 
 
 States = dict[Vertex, Tensor]
+_Place = Node | Vertex
+_AccumulateGrad: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -54,7 +57,6 @@ class Graph:
         recorded: the vertices in the order of the feedforward pass.
         outputs: the tensors of the model's result that require grad.
         trained: the tensors that gradients are wanted for: parameters, and inputs that require grad.
-        cut: whether the graph is cut at the vertices; if not, ``leaf`` is ``output``.
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
     """
 
@@ -64,13 +66,11 @@ class Graph:
         outputs: Sequence[Tensor],
         trained: Sequence[Tensor],
         *,
-        cut: bool = True,
         clamped: bool = True,
     ) -> None:
         self.recorded = recorded
         self.outputs = outputs
         self.trained = trained
-        self.cut = cut
         self.clamped = clamped
         self.vertices: list[Vertex] = []
         self.levels: list[list[Vertex]] = []
@@ -96,29 +96,24 @@ class Graph:
 
     def _place_vertices(self) -> list[Vertex]:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
-        vertex_at = {get_gradient_edge(v.leaf).node: v for v in self.recorded}
-
-        def inputs_of(node: Node) -> list[Node]:
-            if self.cut and node in vertex_at:
-                return [get_gradient_edge(vertex_at[node].output).node]
-            return [above for above, _ in node.next_functions if above is not None]
-
-        inputs = inputs_first((get_gradient_edge(output).node for output, _ in self._driven), inputs_of)
-        upstream: dict[Node, int] = {}
-        for node in inputs:
-            upstream[node] = max((upstream[above] for above in inputs[node]), default=0)
-            if node in vertex_at:
-                vertex_at[node].upstream = upstream[node]
+        vertex_of = {id(v.leaf): v for v in self.recorded}
+        inputs = _inputs_first([output for output, _ in self._driven], vertex_of)
+        upstream: dict[_Place, int] = {}
+        for node, above in inputs.items():
+            upstream[node] = longest = max([upstream[n] for n in above], default=0)
+            if isinstance(node, Vertex):
+                node.upstream = longest
                 upstream[node] += 1
         height = dict.fromkeys(inputs, 0)
-        for node in reversed(inputs):
+        for node, above in reversed(inputs.items()):
             below = height[node]
-            if node in vertex_at:
-                vertex_at[node].height = below
+            if isinstance(node, Vertex):
+                node.height = below
                 below += 1
-            for above in inputs[node]:
-                height[above] = max(height[above], below)
-        return sorted((v for node, v in vertex_at.items() if node in inputs), key=lambda v: v.upstream)
+            for n in above:
+                if height[n] < below:
+                    height[n] = below
+        return sorted((n for n in inputs if isinstance(n, Vertex)), key=lambda v: v.upstream)
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
@@ -165,14 +160,6 @@ class Graph:
         pushed = [*(self._driven if driven else ()), *((v.output, x) for v, x in states.items())]
         return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
 
-    def reverse_mode(self, wanted: Sequence[Tensor], *, retain_graph: bool = True) -> tuple[Gradients, States]:
-        """The gradients of ``wanted`` and the states at equilibrium, of a graph without cuts, in one pass."""
-        assert not self.cut
-        leaves = [v.leaf for v in self.vertices]
-        arrived = _vector_jacobian_product(self._driven, [*wanted, *leaves], retain_graph=retain_graph)
-        states = zip(self.vertices, arrived[len(wanted) :], strict=True)
-        return arrived[: len(wanted)], {v: x for v, x in states if x is not None}
-
     def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex]) -> States:
         arrived = _vector_jacobian_product(pushed, [v.leaf for v in onto])
         return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
@@ -185,12 +172,15 @@ class Graph:
         """
         known = {id(t) for t in self.trained} | {id(v.leaf) for v in self.recorded}
         ends = [*self.outputs, *(v.output for v in self.recorded)]
-        nodes = inputs_first(
-            (get_gradient_edge(end).node for end in ends),
-            lambda node: [above for above, _ in node.next_functions if above is not None],
-        )
-        for node in nodes:
-            variable = getattr(node, "variable", None) if node.name().endswith("AccumulateGrad") else None
+        stack: list[Node] = [get_gradient_edge(end).node for end in ends]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            stack.extend(above for above, _ in node.next_functions if above is not None)
+            variable: Any = getattr(node, "variable", None) if type(node) is _AccumulateGrad else None
             if variable is not None and id(variable) not in known:
                 raise ValueError(
                     f"the model read a tensor of shape {tuple(variable.shape)} that requires grad but is neither one "
@@ -215,22 +205,36 @@ def _vector_jacobian_product(
 
 def _at_least_float32(x: Tensor) -> Tensor:
     """States are sums over many steps: half-precision activities relax in float32."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x if x.dtype == wide else x.to(wide)
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def inputs_first(starts: Iterable[Node], inputs_of: Callable[[Node], list[Node]]) -> dict[Node, list[Node]]:
-    """Every node upstream of ``starts`` with its inputs, ordered so that a node's inputs come before it."""
-    ordered: dict[Node, list[Node]] = {}
-    seen: set[Node] = set()
-    stack: list[tuple[Node, list[Node] | None]] = [(node, None) for node in starts]
+def _inputs_first(ends: Iterable[Tensor], vertex_of: Mapping[int, Vertex]) -> dict[_Place, list[_Place]]:
+    """What the tensors ``ends`` were computed from: every place with its inputs, which come before the place itself.
+
+    Vertices (given by the id of their leaf) join the graph where it was cut; parameters are left out.
+    """
+    ordered: dict[_Place, list[_Place]] = {}
+    seen: set[_Place] = set()
+    stack: list[tuple[_Place, list[_Place] | None]] = [(_place(end, vertex_of), None) for end in ends]
     while stack:
-        node, inputs = stack.pop()
+        place, inputs = stack.pop()
         if inputs is not None:
-            ordered[node] = inputs
-        elif node not in seen:
-            seen.add(node)
-            inputs = inputs_of(node)
-            stack.append((node, inputs))
-            stack.extend((above, None) for above in inputs if above not in seen)
+            ordered[place] = inputs
+        elif place not in seen:
+            seen.add(place)
+            inputs = [_place(place.output, vertex_of)] if isinstance(place, Vertex) else []
+            if not isinstance(place, Vertex):
+                for node, _ in place.next_functions:
+                    if type(node) is _AccumulateGrad:
+                        vertex = vertex_of.get(id(node.variable))  # type: ignore[union-attr]
+                        if vertex is not None:
+                            inputs.append(vertex)
+                    elif node is not None:
+                        inputs.append(node)
+            stack.append((place, inputs))
+            stack.extend((above, None) for above in inputs)
     return ordered
+
+
+def _place(tensor: Tensor, vertex_of: Mapping[int, Vertex]) -> _Place:
+    return vertex_of.get(id(tensor)) or tensor.grad_fn or get_gradient_edge(tensor).node

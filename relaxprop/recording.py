@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -85,67 +86,64 @@ class Recorder:
         self,
         module: nn.Module,
         vertices: Mapping[nn.Module, str],
+        parameters: Sequence[nn.Parameter],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-        *,
-        cut: bool = True,
     ) -> tuple[Graph, Any]:
         """One forward pass.
 
         Args:
             vertices: as from `find_vertices`.
+            parameters: the model's, as from `trained_parameters`.
             args, kwargs: the model's; tensors in them that require grad are inputs that gradients are wanted for.
-            cut: False leaves the graph whole, for a solver that needs no states.
 
         Returns:
             The graph, and the model's result with its tensors still attached to the graph. In ``graph.trained`` the
-            inputs come first, then the parameters that require grad, in the order of ``module.parameters()``.
+            inputs come first, then the parameters.
         """
         with torch.enable_grad():
-            return _Pass(self, vertices, cut).run(module, args, dict(kwargs or {}))
+            return _Pass(self, vertices).run(module, parameters, args, dict(kwargs or {}))
 
 
 class _Pass:
     """One recorded forward pass."""
 
-    def __init__(self, recorder: Recorder, names: Mapping[nn.Module, str], cut: bool) -> None:
+    def __init__(self, recorder: Recorder, names: Mapping[nn.Module, str]) -> None:
         self.recorder = recorder
         self.names = names
-        self.cut = cut
         self.vertices: list[Vertex] = []
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, _HandedOn] = {}  # by the id of the tensor
 
-    def run(self, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Graph, Any]:
+    def run(
+        self, module: nn.Module, parameters: Sequence[nn.Parameter], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Graph, Any]:
         inputs: list[Tensor] = []
 
-        def detached(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not x.requires_grad:
+        def detached(x: Tensor) -> Tensor:
+            if not x.requires_grad:
                 return x
             inputs.append(x.detach().requires_grad_())
             return self._hand_on(f"input {len(inputs)}", inputs[-1])
 
-        args, kwargs = pytree.tree_map(detached, (tuple(args), kwargs))
-        parameters, replacements = _own_parameters(module)
+        args = [map_tensors(detached, x) for x in args]
+        kwargs = {name: map_tensors(detached, x) for name, x in kwargs.items()}
+        replacements = _stand_ins(module, parameters)
         handles = [m.register_forward_hook(self._cut_output) for m in self.names]
         try:
             if replacements:
-                result = torch.func.functional_call(module, replacements, args, kwargs)
+                result = torch.func.functional_call(module, replacements, tuple(args), kwargs)
             else:
                 result = module(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-        if self.cut and self.recorder.output == "relaxed":
-            result = pytree.tree_map(lambda x: self._vertex("output", x), result)
+        if self.recorder.output == "relaxed":
+            result = map_tensors(lambda x: self._vertex("output", x), result)
         outputs = [self._leaf(x) for x in tensors_requiring_grad(result)]
-        graph = Graph(
-            self.vertices,
-            outputs,
-            [*inputs, *parameters],
-            cut=self.cut,
-            clamped=self.recorder.output == "clamped",
-        )
+        stand_in = {id(module.get_parameter(name)): alias for name, alias in replacements.items()}
+        trained = [*inputs, *(stand_in.get(id(p), p) for p in parameters)]
+        graph = Graph(self.vertices, outputs, trained, clamped=self.recorder.output == "clamped")
         if self.recorder.overwritten is None:
             graph.check_trained()
         written = {handed.name for handed in self.handed_on.values() if handed.overwritten}
@@ -159,22 +157,21 @@ class _Pass:
             name = f"{name}#{call}"
         if isinstance(output, Tensor):
             return self._vertex(name, output)
-        leaves, structure = pytree.tree_flatten(output)
-        cut_leaves = [self._vertex(f"{name}[{i}]", leaf) for i, leaf in enumerate(leaves)]
-        return pytree.tree_unflatten(cut_leaves, structure)
+        part = itertools.count()
+        return map_tensors(lambda x: self._vertex(f"{name}[{next(part)}]", x), output)
 
-    def _vertex(self, name: str, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.requires_grad:
+    def _vertex(self, name: str, output: Tensor) -> Tensor:
+        if not output.requires_grad:
             return output  # nothing that is trained lies above it
         if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
             return output  # it is a vertex already
-        leaf = output.detach().requires_grad_() if self.cut else output
+        leaf = output.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, leaf))
         return self._hand_on(name, leaf)
 
     def _hand_on(self, name: str, leaf: Tensor) -> Tensor:
         overwritten = self.recorder.overwritten
-        copy = self.cut and (overwritten is None or name in overwritten)
+        copy = overwritten is None or name in overwritten
         handed = leaf.clone() if copy else leaf
         self.handed_on[id(handed)] = _HandedOn(name, handed, leaf, handed._version)
         return handed
@@ -198,43 +195,45 @@ class _HandedOn(NamedTuple):
         return self.tensor._version != self.version
 
 
-def tensors_requiring_grad(result: Any) -> list[Tensor]:
-    """The tensors of a model's result that require grad.
+def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
+    """``nested`` with every tensor in it replaced by what the function makes of it, in order."""
+    if isinstance(nested, Tensor):  # the usual case, without the price of taking structures apart
+        return function(nested)
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, nested)
+
+
+def tensors_requiring_grad(nested: Any) -> list[Tensor]:
+    """The tensors in ``nested`` that require grad, in order.
 
     Raises:
-        TypeError: the result holds such tensors in an object that PyTorch does not know how to take apart.
+        TypeError: there are such tensors in an object that PyTorch does not know how to take apart.
     """
+    if isinstance(nested, Tensor):
+        return [nested] if nested.requires_grad else []
     tensors = []
-    for leaf in pytree.tree_leaves(result):
+    for leaf in pytree.tree_leaves(nested):
         if isinstance(leaf, Tensor):
             if leaf.requires_grad:
                 tensors.append(leaf)
         elif any(isinstance(x, Tensor) and x.requires_grad for x in getattr(leaf, "__dict__", {}).values()):
             raise TypeError(
-                f"the model returned a {type(leaf).__name__}, and PyTorch does not know where its tensors are: return "
-                "a tensor, tuple, list, dict or named tuple, or register the class with torch.export.register_dataclass"
+                f"PyTorch does not know where the tensors of a {type(leaf).__name__} are: let the model take and "
+                "return tensors, tuples, lists, dicts or named tuples, or register the class with "
+                "torch.export.register_dataclass"
             )
     return tensors
 
 
-def replace_tensors(result: Any, replacements: Sequence[Tensor]) -> Any:
-    """``result`` with its tensors that require grad replaced, in order."""
-    remaining = iter(replacements)
-    return pytree.tree_map(lambda x: next(remaining) if isinstance(x, Tensor) and x.requires_grad else x, result)
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require grad."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
-def _own_parameters(module: nn.Module) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The parameters that require grad, and stand-ins by name for those that carry hooks.
+def _stand_ins(module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
+    """Aliases, by name, of the parameters that carry hooks.
 
-    A hook on a parameter (gradient clipping, logging) must see the final gradient once. It would also run
-    whenever a gradient of that very tensor is taken within the relaxation phase, so there an alias takes its place.
+    A hook on a parameter (gradient clipping, logging) must see the final gradient once. It would also run whenever a
+    gradient of that very tensor is taken within the relaxation phase, so there an alias takes its place.
     """
-    parameters: list[Tensor] = []
-    replacements: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if cast(Any, parameter)._backward_hooks:
-            replacements[name] = parameter.detach().requires_grad_()
-        parameters.append(replacements.get(name, parameter))
-    return parameters, replacements
+    hooked = {id(p): p.detach().requires_grad_() for p in parameters if cast(Any, p)._backward_hooks}
+    return {name: hooked[id(p)] for name, p in module.named_parameters() if id(p) in hooked} if hooked else {}

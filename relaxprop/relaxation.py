@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -31,10 +32,11 @@ from relaxprop.recording import (
     OutputRule,
     Recorder,
     find_vertices,
-    replace_tensors,
+    map_tensors,
     tensors_requiring_grad,
+    trained_parameters,
 )
-from relaxprop.solvers import ClosedForm, Relaxation, Solver, add, at_equilibrium
+from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, add, at_equilibrium
 
 
 class NonFiniteStateError(FloatingPointError):
@@ -45,20 +47,17 @@ class NonFiniteStateError(FloatingPointError):
         step: the step after which it was so (0: already at its start); None if the solver has no steps.
     """
 
-    def __init__(self, vertex: str, step: int | None, hint: str) -> None:
+    def __init__(self, vertex: str, step: int | None) -> None:
         self.vertex = vertex
         self.step = step
-        when = "" if step is None else f" after step {step}" if step else " at the start of the relaxation phase"
-        super().__init__(f"the state of vertex {vertex!r} is not finite{when}: {hint}")
+        super().__init__(vertex, step)
 
-    def __reduce__(self) -> Any:
-        return _rebuild_error, (self.args[0], self.vertex, self.step)
-
-
-def _rebuild_error(message: str, vertex: str, step: int | None) -> NonFiniteStateError:
-    error = NonFiniteStateError(vertex, step, "")
-    error.args = (message,)
-    return error
+    def __str__(self) -> str:
+        when = "" if self.step is None else f" after step {self.step}" if self.step else " when the relaxation starts"
+        return (
+            f"the state of vertex {self.vertex!r} is not finite{when}: look at the loss, lower the learning rate or "
+            "the step size; a gradient scaler, which copes with infinities itself, wants check_finite=False"
+        )
 
 
 class ActivationRelaxation(nn.Module):
@@ -132,13 +131,38 @@ class ActivationRelaxation(nn.Module):
         """The module's own result."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        inputs = tensors_requiring_grad((args, kwargs))
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if isinstance(self.solver, Equilibrium) and not self.measure_residual:
+            return self._reverse_mode(args, kwargs)
+        inputs = [t for x in (*args, *kwargs.values()) for t in tensors_requiring_grad(x)]
+        parameters = trained_parameters(self.module)
         if not inputs and not parameters:
             return self.module(*args, **kwargs)
-        forward_pass = _ForwardPass(self, args, kwargs)
-        outputs = _RelaxationPhase.apply(forward_pass, *inputs, *parameters)  # type: ignore[no-untyped-call]
-        return replace_tensors(forward_pass.result, outputs)
+        call = _Call(self, parameters, args, kwargs)
+        outputs = iter(_RelaxationPhase.apply(call, *inputs, *parameters))  # type: ignore[no-untyped-call]
+        return map_tensors(lambda x: next(outputs) if x.requires_grad else x, call.result)
+
+    def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
+        """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
+        vertices = find_vertices(self.module, self.vertices)
+        record = at_equilibrium(len(vertices), depth=None)
+
+        def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor in tensors_requiring_grad(output):
+                tensor.register_hook(partial(_refuse_overflow, vertices[module]))  # type: ignore[no-untyped-call]
+
+        def at_output(gradient: Tensor) -> None:
+            _refuse_second_derivative()
+            self.last_relaxation = record
+
+        handles = [m.register_forward_hook(at_vertex) for m in vertices] if self.check_finite else []
+        try:
+            result = self.module(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
+            tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
+        return result
 
     def extra_repr(self) -> str:
         vertices = self.vertices
@@ -162,21 +186,21 @@ def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
-class _ForwardPass:
+class _Call:
     """Carries one call's arguments into `_RelaxationPhase` and its result out of it."""
 
-    def __init__(self, wrapper: ActivationRelaxation, args: Any, kwargs: Any) -> None:
+    def __init__(self, wrapper: ActivationRelaxation, parameters: list[nn.Parameter], args: Any, kwargs: Any) -> None:
         self.wrapper = wrapper
+        self.parameters = parameters
         self.args = args
         self.kwargs = kwargs
-        self.solver = wrapper.solver
         self.result: Any = None
 
-    def run(self) -> Graph:
-        wrapper = self.wrapper
-        cut = self.solver.needs_cut or wrapper.measure_residual
-        vertices = find_vertices(wrapper.module, wrapper.vertices)
-        graph, self.result = wrapper._recorder.record(wrapper.module, vertices, self.args, self.kwargs, cut=cut)
+    def record(self) -> Graph:
+        module = self.wrapper.module
+        vertices = find_vertices(module, self.wrapper.vertices)
+        recorder = self.wrapper._recorder
+        graph, self.result = recorder.record(module, vertices, self.parameters, self.args, self.kwargs)
         return graph
 
 
@@ -184,21 +208,17 @@ class _RelaxationPhase(torch.autograd.Function):
     """The model as one node of PyTorch's graph, with (1) and (2) as its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, forward_pass: _ForwardPass, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _Call, *trained: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.graph = forward_pass.run()
-        ctx.wrapper, ctx.solver = forward_pass.wrapper, forward_pass.solver
+        ctx.graph = call.record()
+        ctx.wrapper, ctx.solver = call.wrapper, call.wrapper.solver
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(torch.empty(0))
-        return tuple(output.detach() for output in ctx.graph.outputs)
+        return tuple([output.detach() for output in ctx.graph.outputs])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True asks for a second derivative, and the relaxation phase gives first derivatives "
-                "only: call backward() without create_graph, or differentiate the plain module (wrapper.module)"
-            )
+        _refuse_second_derivative()
         ctx.saved_tensors  # noqa: B018 (see forward)
         graph: Graph = ctx.graph
         # PyTorch has no public name for "will this graph be used again?"
@@ -208,27 +228,28 @@ class _RelaxationPhase(torch.autograd.Function):
         graph.drive_outputs(output_gradients)
         needed = ctx.needs_input_grad[1:]
         wanted = [t for t, need in zip(graph.trained, needed, strict=True) if need]
-        arrived = iter(_relax(ctx.wrapper, ctx.solver, graph, wanted, retain_graph=keep))
-        return None, *(next(arrived) if need else None for need in needed)
+        gradients = iter(_relax(ctx.wrapper, ctx.solver, graph, wanted, retain_graph=keep))
+        return None, *[next(gradients) if need else None for need in needed]
 
 
 def _relax(
     wrapper: ActivationRelaxation, solver: Solver, graph: Graph, wanted: list[Tensor], *, retain_graph: bool
 ) -> Gradients:
-    if graph.cut:
-        states, record = solver.solve(graph)  # (1)
-        if wrapper.check_finite:
-            check_finite(graph, states, solver)
-        if wrapper.measure_residual:
-            record = replace(record, residuals=_residuals(graph, states))
-        gradients = graph.gradients(states, wanted, retain_graph=retain_graph)  # (2)
-    else:
-        gradients, states = graph.reverse_mode(wanted, retain_graph=retain_graph)
-        record = at_equilibrium(graph, states)
-        if wrapper.check_finite:
-            check_finite(graph, states, solver)
+    states, record = solver.solve(graph)  # (1)
+    if wrapper.check_finite:
+        check_finite(graph, states, solver)
+    if wrapper.measure_residual:
+        record = replace(record, residuals=_residuals(graph, states))
     wrapper.last_relaxation = record
-    return gradients
+    return graph.gradients(states, wanted, retain_graph=retain_graph)  # (2)
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True asks for a second derivative, and the relaxation phase gives first derivatives "
+            "only: call backward() without create_graph, or differentiate the plain module (wrapper.module)"
+        )
 
 
 def _residuals(graph: Graph, states: States) -> dict[str, float]:
@@ -247,25 +268,29 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
     Raises:
         NonFiniteStateError: names the first vertex and step where it was so.
     """
-    # A finite sum has finite terms: only where it is not, a closer look is needed.
-    sums = [x.sum() for x in states.values()]
-    if not sums or torch.stack([x.to(sums[0].device) for x in sums]).isfinite().all():
+    overflowed = _first_not_finite(states)
+    if overflowed is None:
         return
-    vertex, step = _first_not_finite(states), None
-    if vertex is None:
-        return
-    hint = "lower the learning rate or look at the loss; a gradient scaler wants check_finite=False"
-    if graph.cut and (euler := solver.replay()) is not None:
+    step = None
+    if (euler := solver.replay()) is not None:
         source = graph.source()
         x = graph.initial_states(source)
-        if (at_start := _first_not_finite(x)) is not None:
-            raise NonFiniteStateError(at_start, 0, hint)
-        trajectory = islice(euler.trajectory(graph, source, x), euler.num_steps)
-        for step, (following, _) in enumerate(trajectory, 1):
+        trajectory = (following for following, _ in euler.trajectory(graph, source, x))
+        for step, following in enumerate((x, *islice(trajectory, euler.num_steps))):
             if (first := _first_not_finite(following)) is not None:
-                raise NonFiniteStateError(first, step, hint)
-    raise NonFiniteStateError(vertex, step, hint)
+                raise NonFiniteStateError(first, step)
+    raise NonFiniteStateError(overflowed, step)
 
 
 def _first_not_finite(states: States) -> str | None:
-    return next((v.name for v, x in states.items() if not bool(x.isfinite().all())), None)
+    return next((v.name for v, x in states.items() if not _is_finite(x)), None)
+
+
+def _is_finite(x: Tensor) -> bool:
+    # A finite sum has finite terms: only where it is not, a closer look is needed.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _refuse_overflow(vertex: str, x: Tensor) -> None:
+    if not _is_finite(x):
+        raise NonFiniteStateError(vertex, None)

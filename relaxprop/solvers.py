@@ -16,7 +16,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from numbers import Real
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ class Relaxation:
 
     Attributes:
         vertices: number of vertices that relaxed.
-        depth: D, the number of vertices on the longest path.
+        depth: D, the number of vertices on the longest path; None where nobody had to know it (`Equilibrium`).
         num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
         transports: products with A that were made; a sweep counts as one, as it visits every edge once.
         remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
@@ -59,7 +58,7 @@ class Relaxation:
     """
 
     vertices: int
-    depth: int
+    depth: int | None
     num_steps: int | None
     transports: int
     remaining: float
@@ -75,8 +74,6 @@ class Relaxation:
 @dataclass(frozen=True)
 class Solver(ABC):
     """Finds the states at the end of a relaxation phase."""
-
-    needs_cut: ClassVar[bool] = True  # whether the graph must be recorded with its cuts
 
     @abstractmethod
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
@@ -180,7 +177,7 @@ class _Linear(Solver):
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         hops = self.hops(graph.depth)
         source = graph.source()
-        if np.all(np.abs(hops.initial) < NEGLIGIBLE):  # nothing of x̄ is left: x_n = x*
+        if hops.largest < NEGLIGIBLE:  # nothing of x̄ is left: x_n = x*
             states, transports = graph.sweep(source, lambda _, arriving: arriving), 1
         else:
             states, transports = _horner(graph, source, hops)
@@ -273,20 +270,17 @@ class Continuous(_Linear):
 class Equilibrium(Solver):
     """The limit of every schedule, ``x* = s + A x* = ∂L/∂x``, by one sweep from the output to the input.
 
-    `ActivationRelaxation` records its graph without cuts: there that sweep is reverse-mode differentiation itself.
+    On a graph that is not cut, that sweep is reverse-mode differentiation: `ActivationRelaxation` leaves it to PyTorch.
     """
-
-    needs_cut = False
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         states = graph.sweep(graph.source(), lambda _, arriving: arriving)
-        return states, at_equilibrium(graph, states)
+        return states, at_equilibrium(len(graph.vertices), graph.depth)
 
 
-def at_equilibrium(graph: Graph, states: States) -> Relaxation:
+def at_equilibrium(vertices: int, depth: int | None) -> Relaxation:
     """The record of states that one sweep has brought to equilibrium."""
-    settled = Hops(np.zeros(graph.depth), np.ones(graph.depth))
-    return _record(graph, states, settled, num_steps=None, transports=1)
+    return Relaxation(vertices, depth, num_steps=None, transports=1, remaining=0.0, converged=True)
 
 
 def add(graph: Graph, left: States, right: States) -> States:
@@ -301,13 +295,12 @@ def add(graph: Graph, left: States, right: States) -> States:
 
 
 def _record(graph: Graph, states: States, hops: Hops, *, num_steps: int | None, transports: int) -> Relaxation:
-    remaining = hops.remaining()
-    rounding = min((torch.finfo(x.dtype).eps for x in states.values()), default=0.0)
+    rounding = min([torch.finfo(x.dtype).eps for x in states.values()], default=0.0)
     return Relaxation(
         vertices=len(graph.vertices),
         depth=graph.depth,
         num_steps=num_steps,
         transports=transports,
-        remaining=remaining,
-        converged=remaining <= rounding,
+        remaining=hops.remaining,
+        converged=hops.remaining <= rounding,
     )

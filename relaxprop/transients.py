@@ -19,9 +19,10 @@ Source: Millidge et al., arXiv 2010.06219, equation (1); the closed form is this
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +36,22 @@ UPDATE_PROBABILITY = 0.5  # of a vertex, in one step of an asynchronous relaxati
 Coefficients = NDArray[np.floating[Any]]
 
 
-class Hops(NamedTuple):
+@dataclass(frozen=True)
+class Hops:
     """Weights of ``x_n = Σ_k [ c_k A^k x̄ + d_k A^k s ]`` for k < depth."""
 
     initial: Coefficients  # c_k, of the initial state x̄
     source: Coefficients  # d_k, of the source s
 
-    def remaining(self, height: int | None = None) -> float:
-        """``Σ_{k≤height} |c_k|``: what the initial state weighs in a vertex that has ``height`` vertices
-        on its longest way down to the output; by default in the vertex where it weighs most."""
-        weights = np.abs(self.initial)
-        return float(weights.sum() if height is None else weights[: height + 1].sum())
+    @cached_property
+    def remaining(self) -> float:
+        """``Σ_k |c_k|``: what the initial state weighs in the vertex that is farthest from the output."""
+        return float(np.abs(self.initial).sum())
+
+    @cached_property
+    def largest(self) -> float:
+        """``max_k |c_k|``."""
+        return float(np.abs(self.initial).max(initial=0))
 
 
 @lru_cache(maxsize=1024)
@@ -56,8 +62,10 @@ def discrete_hops(depth: int, step_size: float, num_steps: int, order: Order) ->
     of polynomials in A that are cut off at ``A^depth = 0``. For η ≤ 1 all terms are positive: every
     coefficient, however small, keeps its full relative precision (1 − Σ c_j would not).
     """
+    if depth == 0:
+        return Hops(np.zeros(0), np.zeros(0))
     identity, hop = np.zeros(depth), np.zeros(depth)
-    identity[:1] = 1
+    identity[0] = 1
     hop[1:2] = 1
     if order == "sequential":  # x' = (1 − η) x + η (A x' + s), so both carry (1 − η A)^{-1} = Σ_k η^k A^k
         geometric = step_size ** np.arange(depth)
@@ -116,7 +124,7 @@ def steps_to_converge(depth: int, step_size: float, tolerance: float, *, order: 
     check_tolerance(tolerance)
 
     def enough(num_steps: int) -> bool:
-        return discrete_hops(depth, step_size, num_steps, order).remaining() <= tolerance
+        return discrete_hops(depth, step_size, num_steps, order).remaining <= tolerance
 
     # The weight starts at 1 or above and is log-concave in n, so it crosses the tolerance once.
     low, high = 0, 1

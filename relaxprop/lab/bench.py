@@ -1,0 +1,159 @@
+"""What a training step costs: interleaved, medians, ratios within one process.
+
+The steps of all rules alternate, so that a slow spell of the machine falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from relaxprop.lab import models
+from relaxprop.lab.data import Dataset, Split
+from relaxprop.lab.records import environment
+from relaxprop.lab.training import squared_error
+from relaxprop.relaxation import ActivationRelaxation
+from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
+
+BASELINE = "backpropagation"
+MNIST_SHAPE = (1, 28, 28)
+Step = Callable[[], None]
+
+
+class StepCost(BaseModel):
+    """Cost of one rule's training step: forward pass, relaxation phase, weight update."""
+
+    rule: str
+    milliseconds: float  # median
+    quartiles: tuple[float, float]  # of the milliseconds
+    time_ratio: float  # median of the ratios to backpropagation's step in the same round
+    peak_bytes: int  # most memory allocated at one time in the step, beyond what was there before it
+    memory_ratio: float  # to backpropagation's
+
+
+class Benchmark(BaseModel):
+    """All rules on one model."""
+
+    model: str
+    batch_size: int
+    device: str
+    rounds: int
+    environment: dict[str, Any]
+    costs: list[StepCost]
+
+
+def solvers() -> dict[str, Solver]:
+    """What is compared with backpropagation."""
+    found = (Equilibrium(), ClosedForm(0.1, 100), Euler(0.1, 100))
+    return {f"{type(s).__name__}({', '.join(map(str, _sizes(s)))})": s for s in found}
+
+
+def _sizes(solver: Solver) -> list[float]:
+    return [vars(solver)[name] for name in ("step_size", "num_steps") if name in vars(solver)]
+
+
+def run(
+    model: str = "mlp",
+    *,
+    rounds: int = 100,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    on_round: Callable[[], None] = lambda: None,
+) -> Benchmark:
+    """Measures the training step of backpropagation and of each solver on random images of MNIST's size."""
+    steps = {
+        name: _training_step(model, solver, batch_size, device)
+        for name, solver in ({BASELINE: None} | solvers()).items()
+    }
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    memory = {name: _peak_bytes(step, device) for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()  # a collection would fall on one rule's step
+    try:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                times[name].append(_seconds(step, device))
+            on_round()
+    finally:
+        gc.enable()
+    return Benchmark(
+        model=model,
+        batch_size=batch_size,
+        device=str(device),
+        rounds=rounds,
+        environment=environment(),
+        costs=[_cost(name, times, memory) for name in steps],
+    )
+
+
+def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]) -> StepCost:
+    seconds = times[name]
+    low, _, high = statistics.quantiles(seconds, n=4)
+    return StepCost(
+        rule=name,
+        milliseconds=1e3 * statistics.median(seconds),
+        quartiles=(1e3 * low, 1e3 * high),
+        time_ratio=statistics.median(t / b for t, b in zip(seconds, times[BASELINE], strict=True)),
+        peak_bytes=memory[name],
+        memory_ratio=memory[name] / memory[BASELINE],
+    )
+
+
+def _training_step(model: str, solver: Solver | None, batch_size: int, device: torch.device | str) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch_size, *MNIST_SHAPE, generator=generator)
+    labels = torch.randint(10, (batch_size,), generator=generator)
+    dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels)).to(device)
+    network: nn.Module = models.build(model, dataset, seed=0).to(device)
+    trained = network if solver is None else ActivationRelaxation(network, solver=solver)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0005)
+    inputs = dataset.train.images
+    targets = nn.functional.one_hot(dataset.train.labels, 10).to(inputs.dtype)
+
+    def step() -> None:
+        loss = squared_error(trained(inputs), targets)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _seconds(step: Step, device: torch.device | str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(step: Step, device: torch.device | str) -> int:
+    """Most memory allocated at one time during the step, beyond what was allocated before it."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    allocated = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return peak

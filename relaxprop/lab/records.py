@@ -1,0 +1,203 @@
+"""Runs on disk: what was asked for, where it ran, what came out.
+
+    <root>/<run id>/config.json            the description
+                    environment.json       hardware and versions
+                    metrics.jsonl          a line per epoch
+                    checkpoint.safetensors the weights after the last epoch that is finished
+
+Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+
+from relaxprop.lab.data import DATASETS
+from relaxprop.lab.models import MODELS
+from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver
+
+Rule = Literal["ar", "backprop"]
+RULES: tuple[Rule, ...] = ("ar", "backprop")
+SOLVERS: dict[str, type[Solver]] = {
+    "closed-form": ClosedForm,
+    "euler": Euler,
+    "continuous": Continuous,
+    "equilibrium": Equilibrium,
+}
+
+
+class OutputError(Exception):
+    """A folder or file for results cannot be written."""
+
+
+class RunConfig(BaseModel):
+    """A run, described completely: the same description gives the same metrics.
+
+    The defaults are the paper's settings (arXiv 2010.06219, section 3).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str = "digits"
+    model: str = "mlp"
+    rule: Rule = "ar"
+    solver: str = "closed-form"
+    solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0)
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Spells the solver's defaults out, so that a run has one description, and drops it for backpropagation."""
+        values = dict(values)
+        _known("dataset", values.get("dataset", "digits"), DATASETS)
+        _known("model", values.get("model", "mlp"), MODELS)
+        name = _known("solver", values.get("solver", "closed-form"), tuple(SOLVERS))
+        if values.get("rule") == "backprop":
+            return values | {"solver": "closed-form", "solver_options": {}}
+        solver = SOLVERS[name](**values.get("solver_options", {}))
+        return values | {"solver_options": vars(solver)}
+
+    def build_solver(self) -> Solver:
+        """The solver that the description names."""
+        return SOLVERS[self.solver](**self.solver_options)
+
+    @property
+    def id(self) -> str:
+        """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
+        content = self.model_dump_json(exclude={"epochs"})
+        digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+        return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"
+
+
+def _known(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return str(value)
+
+
+class EpochMetrics(BaseModel):
+    """What is measured after an epoch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int
+    train_loss: float  # per sample: squared error summed over outputs, averaged over the epoch
+    test_accuracy: float  # in [0, 1]
+    seconds: float  # of training, without the evaluation
+
+
+class Record:
+    """A run's directory."""
+
+    def __init__(self, config: RunConfig, root: Path) -> None:
+        self.config = config
+        self.path = root / config.id
+
+    def open(self) -> list[EpochMetrics]:
+        """Creates or continues the directory; the metrics of the epochs that are finished.
+
+        Raises:
+            OutputError: it cannot be written, or holds something else.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
+            if not (self.path / "environment.json").exists():
+                write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            return self._finished_epochs()
+        except OSError as error:
+            raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
+
+    def _finished_epochs(self) -> list[EpochMetrics]:
+        metrics, weights = self.path / "metrics.jsonl", self.path / "checkpoint.safetensors"
+        if not metrics.exists() or not weights.exists():
+            return []
+        lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
+        return lines[: _checkpoint_epoch(weights)]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """The weights after the last finished epoch."""
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(self.path / "checkpoint.safetensors"))
+
+    def save(self, metrics: list[EpochMetrics], model: nn.Module) -> None:
+        """Keeps a finished epoch."""
+        from safetensors.torch import save_file
+
+        try:
+            text = "".join(line.model_dump_json() + "\n" for line in metrics)
+            write_atomically(self.path / "metrics.jsonl", text)
+            # Last: an epoch counts as finished only once its weights are there.
+            partial = self.path / "checkpoint.safetensors.partial"
+            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            save_file(weights, partial, metadata={"epoch": str(len(metrics))})
+            partial.replace(self.path / "checkpoint.safetensors")
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+
+def _checkpoint_epoch(path: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["epoch"])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder for results before anything is computed.
+
+    Raises:
+        OutputError: it cannot be created or written to.
+    """
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions, as they go with every result."""
+    packages = ("relaxprop", "torch", "numpy", "scipy")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

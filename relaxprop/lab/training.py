@@ -1,0 +1,103 @@
+"""The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from relaxprop.lab import models
+from relaxprop.lab.data import Dataset, Split
+from relaxprop.lab.records import EpochMetrics, Record, RunConfig
+from relaxprop.relaxation import ActivationRelaxation
+
+OnEpoch = Callable[[EpochMetrics], None]
+
+
+def train(
+    config: RunConfig,
+    dataset: Dataset,
+    *,
+    root: Path | None = None,
+    device: torch.device | str = "cpu",
+    on_epoch: OnEpoch | None = None,
+) -> list[EpochMetrics]:
+    """Trains a network as described and returns the metrics of every epoch.
+
+    Args:
+        root: folder of run directories. A run that is finished there is not computed again, and one that was
+            interrupted continues to the same metrics as if it had not been. None keeps nothing.
+        on_epoch: called after every epoch that is computed.
+
+    Raises:
+        OutputError: the run's folder cannot be written.
+        NonFiniteStateError: the relaxation diverged; the epochs before it are kept.
+    """
+    record = Record(config, root) if root is not None else None
+    metrics = record.open() if record is not None else []
+    if len(metrics) >= config.epochs:
+        return metrics[: config.epochs]
+    model = models.build(config.model, dataset, seed=config.seed)
+    if record is not None and metrics:
+        record.load_weights(model)
+    model.to(device)
+    dataset = dataset.to(device)
+    trained = model if config.rule == "backprop" else ActivationRelaxation(model, solver=config.build_solver())
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+    for epoch in range(len(metrics) + 1, config.epochs + 1):
+        start = time.perf_counter()
+        loss = train_epoch(trained, optimizer, dataset, config, epoch)
+        seconds = time.perf_counter() - start
+        correct = accuracy(model, dataset.test)
+        metrics.append(EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds))
+        if record is not None:
+            record.save(metrics, model)
+        if on_epoch is not None:
+            on_epoch(metrics[-1])
+    return metrics
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: RunConfig, epoch: int
+) -> float:
+    """One pass over the training data; the mean loss per sample."""
+    model.train()
+    targets = functional.one_hot(dataset.train.labels, len(dataset.classes)).to(dataset.train.images.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    for rows in minibatches(len(dataset.train), config, epoch):
+        index = rows.to(targets.device)
+        loss = squared_error(model(dataset.train.images[index]), targets[index])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss.detach()
+    return float(total) / len(dataset.train)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """The paper's loss, summed over minibatch and outputs, so that ∂L/∂x^L = 2 (x^L − T)."""
+    return ((output - target) ** 2).sum()
+
+
+def minibatches(size: int, config: RunConfig, epoch: int) -> Iterator[Tensor]:
+    """Row numbers, shuffled anew in every epoch; the same for every learning rule and after a resumption."""
+    seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    for start in range(0, size, config.batch_size):
+        yield order[start : start + config.batch_size]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, batch_size: int = 2000) -> float:
+    """Share of the split that is classified correctly, in [0, 1]."""
+    model.eval()
+    correct = 0
+    for start in range(0, len(split), batch_size):
+        rows = slice(start, start + batch_size)
+        correct += int((model(split.images[rows]).argmax(1) == split.labels[rows]).sum())
+    return correct / len(split)
