@@ -11,14 +11,15 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+DatasetName = Literal["digits", "mnist", "fashion_mnist"]
+DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
-DATASETS = ("digits", *HUB)
 DATA_VARIABLE = "RELAXPROP_DATA"
 
 
@@ -108,8 +109,8 @@ def _from_folder(name: str, folder: Path) -> Dataset:
         if not path.is_file():
             raise DataError(
                 f"{path} does not exist: the folder given by --data-dir or {DATA_VARIABLE} must hold "
-                f"{name}/train.parquet and {name}/test.parquet in the schema of huggingface.co/datasets/{HUB[name]}; without a folder the "
-                "data are downloaded from there"
+                f"{name}/train.parquet and {name}/test.parquet in the schema of huggingface.co/datasets/{HUB[name]}; "
+                "without a folder the data are downloaded from there"
             )
         try:
             splits[split] = _decode(datasets.Dataset(pyarrow.parquet.read_table(path)))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from relaxprop.lab.data import Dataset
 
-MODELS = ("mlp",)
+ModelName = Literal["mlp"]
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
 WEIGHT_STD = 0.05  # weights start at N(0, 0.05²), biases at zero
 
 

@@ -1,0 +1,320 @@
+"""The command line: strings become objects here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from relaxprop import __version__
+from relaxprop.lab import bench as benchmark
+from relaxprop.lab import data, figures, records
+from relaxprop.lab.data import DATA_VARIABLE, DataError, DatasetName
+from relaxprop.lab.engine import run_all
+from relaxprop.lab.models import ModelName
+from relaxprop.lab.records import SOLVERS, EpochMetrics, OutputError, Rule, RunConfig, SolverName
+from relaxprop.lab.training import train as train_network
+from relaxprop.relaxation import NonFiniteStateError
+from relaxprop.transients import Order, check_step_size
+
+app = typer.Typer(
+    help="Train networks by Activation Relaxation, and see it beside backpropagation (arXiv 2010.06219).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+
+DatasetOption = Annotated[DatasetName, typer.Option(help="Data; digits comes with scikit-learn.")]
+ModelOption = Annotated[ModelName, typer.Option(help="The paper's network.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with NAME/train.parquet and NAME/test.parquet; without it the Hugging Face Hub.",
+        envvar=DATA_VARIABLE,
+    ),
+]
+RunsOption = Annotated[
+    Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
+]
+DeviceOption = Annotated[str, typer.Option(help="PyTorch device, for instance cpu or cuda.")]
+FigureName = Literal["demo"]
+EpochsOption = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
+
+
+@app.command()
+def train(
+    dataset: DatasetOption = "digits",
+    model: ModelOption = "mlp",
+    rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
+    solver: Annotated[SolverName, typer.Option(help="How the relaxation phase is integrated.")] = "closed-form",
+    step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. [default: 0.1]")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. [default: 100]")] = None,
+    order: Annotated[
+        Order | None, typer.Option(help="Order of updates; closed-form, euler. [default: simultaneous]")
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Stop early at this residual; euler.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Time T; continuous. [default: 10]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes initial weights and minibatches.")] = 0,
+    epochs: EpochsOption = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of SGD on the summed squared error.")] = 0.0005,
+    data_dir: DataDirOption = None,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train one network. The defaults are the paper's settings."""
+    options = {
+        "step_size": step_size,
+        "num_steps": num_steps,
+        "order": order,
+        "tolerance": tolerance,
+        "duration": duration,
+    }
+    config = _run_config(
+        {name: value for name, value in options.items() if value is not None},
+        dataset=dataset,
+        model=model,
+        rule=rule,
+        solver=solver,
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
+    records.check_writable(runs)
+    loaded = data.load(dataset, data_dir)
+
+    def show(metrics: EpochMetrics) -> None:
+        console.print(
+            f"epoch {metrics.epoch:>3}/{epochs}   test accuracy {100 * metrics.test_accuracy:6.2f} %   "
+            f"training loss {metrics.train_loss:8.4f}   {metrics.seconds:6.1f} s",
+            highlight=False,
+        )
+
+    path = runs / config.id
+    with _kept(f"the finished epochs are in {path}"):
+        metrics = train_network(config, loaded, root=runs, device=_device(device), on_epoch=show)
+    console.print(f"test accuracy {100 * metrics[-1].test_accuracy:.2f} % after {epochs} epochs; the run is in {path}")
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[FigureName, typer.Argument(help="demo: Activation Relaxation beside backpropagation.")],
+    dataset: DatasetOption = "digits",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    epochs: EpochsOption = 30,
+    data_dir: DataDirOption = None,
+    runs: RunsOption = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the table and the figures. [default: figures/FIGURE-DATASET]")
+    ] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Compute an experiment's runs, print its table and write its figures."""
+    folder = out or Path("figures") / f"{figure}-{dataset}"
+    for written in (runs, folder):
+        records.check_writable(written)
+    loaded = data.load(dataset, data_dir)
+    configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
+    kept = f"finished epochs are in {runs}, and the same command goes on from there"
+    with _kept(kept), _progress() as progress:
+        task = progress.add_task("", total=epochs * len(configs))
+        results = run_all(
+            configs,
+            loaded,
+            root=runs,
+            device=_device(device),
+            on_start=lambda c: progress.update(task, description=f"{figures.RULE_NAMES[c.rule]}, seed {c.seed}"),
+            on_epoch=lambda n: progress.advance(task, n),
+        )
+    paths = figures.write_demo(results, loaded, folder, _command())
+    rows = figures.summarise(results)
+    shown = Table(title=f"{dataset}: after {epochs} epochs, mean ± standard error over n seeds", title_justify="left")
+    for i, column in enumerate(figures.COLUMNS):
+        shown.add_column(column, justify="right" if i else "left")
+    for row in figures.table(rows):
+        shown.add_row(*row)
+    console.print(shown)
+    difference = figures.paired_difference(rows)
+    console.print(f"Activation Relaxation − backpropagation, seed by seed: {difference} points (n = {difference.n})")
+    console.print("cost: median time of a training epoch relative to backpropagation's")
+    _print_paths(paths)
+
+
+@app.command()
+def convergence(
+    dataset: DatasetOption = "digits",
+    model: ModelOption = "mlp",
+    step_size: Annotated[
+        list[float] | None, typer.Option(help="η in (0, 2); repeat it for several. [default: 0.05 0.1 0.2 0.5]")
+    ] = None,
+    num_steps: Annotated[int, typer.Option(min=1, help="Relaxation steps to follow.")] = 100,
+    order: Annotated[Order, typer.Option(help="Order of updates.")] = "simultaneous",
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the initial weights.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in the minibatch.")] = 64,
+    data_dir: DataDirOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the figure. [default: figures/convergence-DATASET]")
+    ] = None,
+) -> None:
+    """Distance to backpropagation's gradient per layer and relaxation step, measured and predicted."""
+    for eta in step_size or ():
+        _usage(check_step_size, eta, hint="--step-size")
+    folder = out or Path("figures") / f"convergence-{dataset}"
+    records.check_writable(folder)
+    loaded = data.load(dataset, data_dir)
+    torch.manual_seed(seed)
+    curves = figures.convergence_by_step_size(
+        loaded,
+        model=model,
+        step_sizes=step_size or figures.STEP_SIZES,
+        num_steps=num_steps,
+        order=order,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    shown = Table(title=f"distance to backpropagation's gradient after {num_steps} steps", title_justify="left")
+    shown.add_column("weights")
+    for curve in curves:
+        shown.add_column(f"η = {curve.solver.step_size:g}", justify="right")
+    for name in curves[0].measured:
+        if name.endswith("weight"):
+            shown.add_row(name, *(f"{c.measured[name][-1]:.1e}" for c in curves))
+    console.print(shown)
+    _print_paths(figures.write_convergence(curves, dataset, folder, _command()))
+
+
+@app.command()
+def bench(
+    model: ModelOption = "mlp",
+    rounds: Annotated[int, typer.Option(min=2, help="Training steps of each rule.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
+    device: DeviceOption = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the measurements to this file.")] = None,
+) -> None:
+    """Measure a training step: time and peak memory relative to backpropagation."""
+    if json is not None:
+        records.check_writable(json.parent)
+    with _kept("nothing was measured to the end"), _progress() as progress:
+        task = progress.add_task("interleaved steps", total=rounds)
+        measured = benchmark.run(
+            model,
+            rounds=rounds,
+            batch_size=batch_size,
+            device=_device(device),
+            on_round=lambda: progress.advance(task),
+        )
+    title = f"{model}, batch {batch_size}, {measured.device}: {rounds} interleaved training steps"
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("rule")
+    for column in ("median (ms)", "quartiles (ms)", "time ratio", "peak memory (KiB)", "memory ratio"):
+        shown.add_column(column, justify="right")
+    for cost in measured.costs:
+        low, high = cost.quartiles
+        shown.add_row(
+            cost.rule,
+            f"{cost.milliseconds:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{cost.time_ratio:.2f}×",
+            f"{cost.peak_bytes / 1024:.0f}",
+            f"{cost.memory_ratio:.2f}×",
+        )
+    console.print(shown)
+    console.print("time ratio: median over the rounds of the ratio to backpropagation's step in the same round")
+    if json is not None:
+        records.write_atomically(json, measured.model_dump_json(indent=2) + "\n")
+        _print_paths([json])
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        console.print(f"relaxprop {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _run_config(solver_options: dict[str, Any], **values: Any) -> RunConfig:
+    kind = SOLVERS[values["solver"]]
+    known = kind.__dataclass_fields__
+    for name in solver_options:
+        flag = f"--{name.replace('_', '-')}"
+        if values["rule"] == "backprop":
+            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+        if name not in known:
+            raise typer.BadParameter(
+                f"it has no effect with --solver {values['solver']}, leave it out", param_hint=flag
+            )
+    _usage(kind, **solver_options, hint="--solver")
+    return RunConfig(solver_options=solver_options, **values)
+
+
+def _usage(check: Any, *args: Any, hint: str, **kwargs: Any) -> None:
+    """Turns what an object of the library refuses into a usage error."""
+    try:
+        check(*args, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from error
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"PyTorch cannot use {name!r} here: {reason}", param_hint="--device") from error
+
+
+def _command() -> str:
+    return shlex.join(["relaxprop", *sys.argv[1:]])
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=errors)
+
+
+def _print_paths(paths: list[Path]) -> None:
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _kept(what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"stopped: {what}", soft_wrap=True)
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """The command ``relaxprop``."""
+    try:
+        app()
+    except (DataError, OutputError, NonFiniteStateError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Runs a list of run descriptions, one after the other; what is finished on disk is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from relaxprop.lab.data import Dataset
+from relaxprop.lab.records import EpochMetrics, RunConfig
+from relaxprop.lab.training import train
+
+
+class FinishedRun(NamedTuple):
+    """A run and the metrics of its epochs."""
+
+    config: RunConfig
+    metrics: list[EpochMetrics]
+
+
+def run_all(
+    configs: Sequence[RunConfig],
+    dataset: Dataset,
+    *,
+    root: Path | None,
+    device: torch.device | str = "cpu",
+    on_start: Callable[[RunConfig], None] = lambda config: None,
+    on_epoch: Callable[[int], None] = lambda epochs: None,
+) -> list[FinishedRun]:
+    """The metrics of every run.
+
+    Args:
+        root: folder of run directories; None keeps nothing.
+        on_start: called before each run.
+        on_epoch: called with the number of epochs that have come to be finished since the last call.
+    """
+    finished = []
+    for config in configs:
+        on_start(config)
+        computed: list[EpochMetrics] = []
+
+        def epoch_done(metrics: EpochMetrics, computed: list[EpochMetrics] = computed) -> None:
+            computed.append(metrics)
+            on_epoch(1)
+
+        metrics = train(config, dataset, root=root, device=device, on_epoch=epoch_done)
+        finished.append(FinishedRun(config, metrics))
+        on_epoch(config.epochs - len(computed))  # those that were finished before
+    return finished

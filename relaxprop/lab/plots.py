@@ -1,0 +1,74 @@
+"""Figures, drawn from numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from relaxprop.diagnostics import Convergence
+
+if TYPE_CHECKING:
+    from relaxprop.lab.figures import Mean
+
+DPI = 150
+# Okabe and Ito's palette: told apart with any colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def learning_curves(curves: Sequence[tuple[str, Sequence[Mean]]], title: str, path: Path) -> Path:
+    """Test accuracy over epochs, mean over seeds, with standard errors as bands."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, means) in enumerate(curves):
+        epochs = np.arange(1, len(means) + 1)
+        mean = 100 * np.array([m.mean for m in means])
+        error = 100 * np.nan_to_num([m.standard_error for m in means])
+        # Equal curves lie on one another: the later one is dashed so that both show.
+        axes.plot(epochs, mean, "-" if i == 0 else "--", color=COLOURS[i], label=label, marker="o", markersize=3)
+        axes.fill_between(epochs, mean - error, mean + error, color=COLOURS[i], alpha=0.2, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", title="mean, band: standard error")
+    return _save(figure, path)
+
+
+def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) -> Path:
+    """Distance to backpropagation's gradient per layer over relaxation steps; a panel per step size."""
+    figure = Figure(figsize=(3.2 * len(curves) + 0.8, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    weights = [name for name in curves[0].measured if name.endswith("weight")]
+    exact = [name for name in weights if all(c.measured[name].max() == 0 for c in curves)]
+    drawn = [name for name in weights if name not in exact]
+    for axes, curve in zip(panels, curves, strict=True):
+        steps = np.arange(curve.solver.num_steps + 1)
+        dots = slice(None, None, max(1, len(steps) // 20))
+        for i, name in enumerate(drawn):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(steps, curve.measured[name], color=colour, label=f"{_layer(name)}, measured")
+            predicted = curve.predicted[name]
+            axes.plot(steps[dots], predicted[dots], "o", color=colour, markersize=3.5, fillstyle="none",
+                      label=f"{_layer(name)}, predicted")  # fmt: skip
+        axes.set(yscale="log", xlabel="relaxation steps", title=f"step size {curve.solver.step_size:g}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("distance to backpropagation's gradient\n(relative to its norm)")
+    figure.suptitle(f"{title}: {curves[0].solver.order} relaxation, depth {curves[0].depth}")
+    note = f"; exact at once (output held): {', '.join(map(_layer, exact))}" if exact else ""
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(drawn), title=f"weight gradient of{note}")
+    return _save(figure, path)
+
+
+def _layer(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=DPI)
+    return partial.replace(path)
