@@ -1,0 +1,62 @@
+"""The library's one door."""
+
+import inspect
+from importlib.resources import files
+
+import relaxprop
+
+PUBLIC_NAMES = [
+    "ActivationRelaxation",
+    "Alignment",
+    "ClosedForm",
+    "Continuous",
+    "Convergence",
+    "Equilibrium",
+    "Euler",
+    "NonFiniteStateError",
+    "Relaxation",
+    "alignment",
+    "convergence",
+    "steps_to_converge",
+]
+
+
+def test_exported_names() -> None:
+    assert sorted(relaxprop.__all__) == sorted(PUBLIC_NAMES)
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in PUBLIC_NAMES:
+        documentation = inspect.getdoc(getattr(relaxprop, name))
+        assert documentation, name
+        # A dataclass without a docstring gets its signature as one.
+        assert not documentation.startswith(f"{name}("), name
+
+
+def test_every_public_argument_is_documented() -> None:
+    for name in PUBLIC_NAMES:
+        value = getattr(relaxprop, name)
+        if inspect.isclass(value) and issubclass(value, Exception):
+            continue
+        documentation = inspect.getdoc(value) or ""
+        for argument in inspect.signature(value).parameters:
+            assert f"{argument}:" in documentation, f"{name}: {argument}"
+
+
+def test_signatures_of_the_contract() -> None:
+    signatures = {
+        "Euler": "(step_size=0.1, num_steps=100, *, order='simultaneous', tolerance=None)",
+        "ClosedForm": "(step_size=0.1, num_steps=100, *, order='simultaneous')",
+        "Continuous": "(duration=10.0)",
+        "Equilibrium": "()",
+        "steps_to_converge": "(depth, step_size, tolerance, *, order='simultaneous')",
+        "alignment": "(model, loss_fn, *inputs)",
+    }
+    for name, expected in signatures.items():
+        signature = inspect.signature(getattr(relaxprop, name))
+        bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        assert str(inspect.Signature(bare)) == expected
+
+
+def test_types_are_shipped() -> None:
+    assert files("relaxprop").joinpath("py.typed").is_file()

@@ -1,0 +1,443 @@
+"""What the wrapper is as a module: its state, its options, its record, and what it leaves behind."""
+
+import copy
+import gc
+import io
+import weakref
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
+from relaxprop.solvers import Solver
+from tests.helpers import (
+    PROBLEMS,
+    SOLVERS,
+    STOPPED_EARLY,
+    Branches,
+    LiteralChain,
+    Problem,
+    activity_gradients,
+    assert_same_gradients,
+    backward,
+    gradients,
+    largest_distance,
+    mlp,
+    name_of,
+    regularised,
+    squares,
+)
+
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+
+
+class Larger(nn.Module):
+    """A model with trained layers before and after the one in the middle."""
+
+    def __init__(self, middle: nn.Module) -> None:
+        super().__init__()
+        self.before, self.middle, self.after = nn.Linear(3, 4), middle, nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.after(torch.tanh(self.middle(torch.tanh(self.before(x)))))
+        return output
+
+
+def same_state(left: nn.Module, right: nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+# -------------------------------------------------------------------------------------------------------------- result
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)
+@every_problem
+def test_the_result_is_the_modules_own(problem: Problem, solver: Solver) -> None:
+    module, inputs = problem.build()
+    model = ActivationRelaxation(copy.deepcopy(module), solver=solver, vertices=problem.vertices)
+    for _ in range(2):
+        torch.manual_seed(3)
+        expected = module(*inputs)
+        torch.manual_seed(3)
+        torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=0)
+    assert same_state(model, module)  # batch norm's statistics included
+
+
+def test_results_keep_their_types_and_what_is_no_tensor() -> None:
+    module, inputs = next(p for p in PROBLEMS if p.name == "nested").build()
+    result = ActivationRelaxation(module)(*inputs)
+    assert list(result) == ["hidden", "heads", "best", "none"]
+    assert isinstance(result["heads"], tuple)
+    assert isinstance(result["heads"][1], list)
+    assert not result["best"].requires_grad
+    assert result["none"] is None
+    assert result["hidden"].requires_grad
+
+
+def test_keyword_arguments_reach_the_module() -> None:
+    module, (x, more) = next(p for p in PROBLEMS if p.name == "nested").build()
+    torch.testing.assert_close(ActivationRelaxation(module)(more=more, x=x), module(x, more), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_module_is_called_directly(mode: Any) -> None:
+    calls: list[int] = []
+    model = ActivationRelaxation(mlp(3, 4, 2)).eval()
+    model.module.register_forward_hook(lambda module, *_: calls.append(len(module[1]._forward_hooks)))
+    with mode():
+        output = model(torch.randn(2, 3))
+    assert calls == [0]  # none of ours
+    assert output.grad_fn is None
+
+
+def test_a_fully_frozen_module_is_called_directly() -> None:
+    model = ActivationRelaxation(mlp(3, 4, 2).requires_grad_(False))
+    assert not model(torch.randn(2, 3)).requires_grad
+    x = torch.randn(2, 3, requires_grad=True)
+    assert_same_gradients(gradients(model, (x,)), gradients(model, (x,)))
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(3, 4, 2), Branches, regularised])
+def test_a_plain_state_loads_into_the_wrapper_and_back(make: Any) -> None:
+    plain, other = make(), make()
+    model = ActivationRelaxation(make())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert same_state(model, plain)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert same_state(other, plain)
+
+
+def test_the_state_goes_through_a_file() -> None:
+    plain, model, file = regularised(), ActivationRelaxation(regularised()), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    plain.load_state_dict(torch.load(file, weights_only=True))
+    assert same_state(model, plain)
+
+
+def test_a_state_loads_where_the_wrapper_is_part_of_a_larger_model() -> None:
+    plain, wrapped = Larger(mlp(4, 5, 2)), Larger(ActivationRelaxation(mlp(4, 5, 2)))
+    assert list(wrapped.state_dict()) == list(plain.state_dict())
+    wrapped.load_state_dict(plain.state_dict(), strict=True)
+    assert same_state(wrapped, plain)
+    fresh = Larger(mlp(4, 5, 2))
+    fresh.load_state_dict(wrapped.state_dict(), strict=True)
+    assert same_state(fresh, plain)
+    again = Larger(ActivationRelaxation(mlp(4, 5, 2)))
+    state = wrapped.state_dict()
+    keys = list(state)
+    again.load_state_dict(state, strict=True)
+    assert same_state(again, plain)
+    assert list(state) == keys
+
+
+def test_loading_names_missing_and_unexpected_keys() -> None:
+    for model, prefix in (
+        (ActivationRelaxation(mlp(4, 5, 2)), ""),
+        (Larger(ActivationRelaxation(mlp(4, 5, 2))), "middle."),
+    ):
+        state = model.state_dict()
+        del state[f"{prefix}0.bias"]
+        with pytest.raises(RuntimeError, match=r"Missing key.*0\.bias"):
+            model.load_state_dict(state)
+        state = model.state_dict() | {f"{prefix}9.bias": torch.zeros(1)}
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*9\.bias"):
+            model.load_state_dict(state)
+        result = model.load_state_dict(state, strict=False)
+        assert len(result.unexpected_keys) == 1
+        assert not result.missing_keys
+
+
+def test_loading_can_assign() -> None:
+    plain, model = mlp(3, 4, 2), ActivationRelaxation(mlp(3, 4, 2))
+    state = plain.state_dict()
+    model.load_state_dict(state, assign=True)
+    assert next(model.parameters()).data_ptr() == state["0.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["activations", "chosen-modules"])
+@pytest.mark.parametrize("way", ["deepcopy", "save"])
+def test_a_wrapper_can_be_copied_and_saved_whole(way: str, chosen: bool) -> None:
+    module, x = mlp(3, 4, 4, 2).double(), torch.randn(2, 3).double()
+    vertices: Any = (module[1], module[2]) if chosen else "activations"
+    model = ActivationRelaxation(module, solver=ClosedForm(0.3, 5), vertices=vertices)
+    expected = gradients(model, (x,))
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert same_state(twin, model)
+    assert twin.last_relaxation == model.last_relaxation
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_gradients(gradients(twin, (x,)), expected)
+
+
+def test_dtype_and_mode_reach_the_module() -> None:
+    model = ActivationRelaxation(regularised()).double().eval()
+    assert all(p.dtype == torch.float64 for p in model.module.parameters())
+    assert not model.module.training
+    assert len(list(model.parameters())) == len(list(model.module.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@every_solver
+@every_problem
+def test_a_relaxed_output_is_one_more_vertex_and_ends_at_the_same_equilibrium(problem: Problem, solver: Solver) -> None:
+    module, inputs = problem.build()
+    model = ActivationRelaxation(module, solver=solver, vertices=problem.vertices, output="relaxed")
+    assert_same_gradients(gradients(model, inputs, problem.loss), problem.gradients())
+    assert model.last_relaxation is not None
+    if not isinstance(solver, Equilibrium):
+        assert model.last_relaxation.depth == problem.depth + (not problem.ends_in_vertex)
+
+
+@pytest.mark.parametrize("solver", [Euler(0.3, 4), ClosedForm(0.3, 4)], ids=name_of)
+def test_a_relaxed_output_starts_at_its_activity(solver: Solver) -> None:
+    """The literal chain with one more state: x^L relaxes to the error from its feedforward value."""
+    chain, z = mlp(4, 6, 5, 3).double(), torch.randn(3, 4).double()
+    literal = LiteralChain(chain, z)
+    error, x = literal.error, list(literal.activities)
+    output = chain(z).detach()
+    for _ in range(4):
+        literal.error = output
+        x = [x_i + 0.3 * (d - x_i) for x_i, d in zip(x, literal.drive(x), strict=True)]
+        output = output + 0.3 * (error - output)
+    literal.error = output
+    model = ActivationRelaxation(chain, solver=solver, output="relaxed")
+    assert_same_gradients(gradients(model, (z,)), literal.gradients(x))
+
+
+def test_a_clamped_output_that_is_a_vertex_is_the_loss_gradient_from_the_start() -> None:
+    module, x = nn.Sequential(*mlp(3, 4, 2), nn.Tanh()).double(), torch.randn(2, 3).double()
+    clamped = gradients(ActivationRelaxation(module, solver=Euler(0.1, 1)), (x,))
+    exact = gradients(module, (x,))
+    relaxed = gradients(ActivationRelaxation(module, solver=Euler(0.1, 1), output="relaxed"), (x,))
+    assert_same_gradients({"2.bias": clamped["2.bias"]}, {"2.bias": exact["2.bias"]})
+    for found, name in ((clamped, "0.bias"), (relaxed, "0.bias"), (relaxed, "2.bias")):
+        assert largest_distance({name: found[name]}, {name: exact[name]}) > 1e-3
+
+
+def test_residuals_are_measured_only_when_asked_for() -> None:
+    module, x = mlp(3, 4, 4, 2).double(), torch.randn(2, 3).double()
+    model = ActivationRelaxation(module)
+    gradients(model, (x,))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.residuals is None
+    assert model.last_relaxation.residual is None
+
+
+@pytest.mark.parametrize("solver", [Euler(0.3, 4), ClosedForm(0.3, 4)], ids=name_of)
+def test_residuals_are_the_distance_to_equilibrium(solver: Solver) -> None:
+    chain, z = mlp(4, 6, 5, 3).double(), torch.randn(3, 4).double()
+    literal = LiteralChain(chain, z)
+    x = list(literal.activities)
+    for _ in range(4):
+        x = [x_i + 0.3 * (d - x_i) for x_i, d in zip(x, literal.drive(x), strict=True)]
+    expected = [float((d - x_i).norm() / d.norm()) for x_i, d in zip(x, literal.drive(x), strict=True)]
+    model = ActivationRelaxation(chain, solver=solver, measure_residual=True)
+    gradients(model, (z,))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.residuals == pytest.approx({"1": expected[0], "3": expected[1]}, rel=1e-9)
+    assert model.last_relaxation.residual == pytest.approx(max(expected), rel=1e-9)
+
+
+@every_solver
+@every_problem
+def test_residuals_vanish_at_equilibrium_and_do_not_change_the_gradients(problem: Problem, solver: Solver) -> None:
+    module, inputs = problem.build()
+    model = ActivationRelaxation(module, solver=solver, vertices=problem.vertices, measure_residual=True)
+    assert_same_gradients(gradients(model, inputs, problem.loss), problem.gradients())
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.residual is not None
+    assert model.last_relaxation.residual < 1e-11
+    assert model.last_relaxation.residuals is not None
+    assert len(model.last_relaxation.residuals) == model.last_relaxation.vertices
+
+
+def test_vertices_can_be_chosen_one_by_one() -> None:
+    module, x = mlp(3, 4, 4, 4, 2).double(), torch.randn(2, 3).double()
+    solver = Euler(1.0, 50, order="simultaneous")
+    choices: list[tuple[Any, set[str]]] = [
+        ((module[1], module[4]), {"1", "4"}),
+        ((m for m in module if isinstance(m, nn.Linear)), {"0", "2", "4", "6"}),
+        ("modules", {str(i) for i in range(7)}),
+        ("activations", {"1", "3", "5"}),
+    ]
+    for vertices, names in choices:
+        model = ActivationRelaxation(module, solver=solver, vertices=vertices, measure_residual=True)
+        for _ in range(2):  # an iterator is used up only once
+            assert_same_gradients(gradients(model, (x,)), gradients(module, (x,)))
+        record = model.last_relaxation
+        assert record is not None
+        assert record.residuals is not None
+        assert set(record.residuals) == names
+        assert record.vertices == record.depth == len(names)
+
+
+def test_a_submodule_chosen_as_vertex_may_have_submodules_of_its_own() -> None:
+    module, x = nn.Sequential(mlp(3, 4, 4), mlp(4, 4, 2)).double(), torch.randn(2, 3).double()
+    model = ActivationRelaxation(module, solver=ClosedForm(0.9, 100), vertices=[module[0]])
+    assert_same_gradients(gradients(model, (x,)), gradients(module, (x,)))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.depth == 1
+
+
+def test_printing_shows_what_the_wrapper_does() -> None:
+    text = repr(ActivationRelaxation(mlp(3, 4, 2), solver=Euler(0.2, 7, order="sequential"), output="relaxed"))
+    for part in ("Euler(step_size=0.2, num_steps=7, order='sequential'", "activations", "relaxed", "Linear"):
+        assert part in text
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+@pytest.mark.parametrize("solver", SOLVERS + STOPPED_EARLY, ids=lambda s: f"{name_of(s)}-{s}")
+def test_the_record_of_the_latest_backward_pass(solver: Solver) -> None:
+    module, x = Branches().double(), torch.randn(2, 4).double()
+    model = ActivationRelaxation(module, solver=solver)
+    assert model.last_relaxation is None
+    output = model(x)
+    assert model.last_relaxation is None
+    backward(squares(output))
+    record = model.last_relaxation
+    assert isinstance(record, Relaxation)
+    assert record.vertices == 4
+    assert record.depth == (None if solver == Equilibrium() else 3)
+    assert record.num_steps == getattr(solver, "num_steps", None)
+    assert record.converged == (solver in SOLVERS)
+    assert (record.remaining < 1e-15) == (solver in SOLVERS)
+    assert record.transports >= 1
+    with pytest.raises(AttributeError):
+        record.depth = 1
+
+
+@every_solver
+@every_problem
+def test_the_record_counts_the_vertices_that_relaxed(problem: Problem, solver: Solver) -> None:
+    module, inputs = problem.build()
+    model = ActivationRelaxation(module, solver=solver, vertices=problem.vertices)
+    gradients(model, inputs, problem.loss)
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.vertices == sum(g is not None for g in activity_gradients(problem))
+
+
+def test_the_record_tells_what_the_initial_state_still_weighs() -> None:
+    """Three hops at most: the three first terms of Binomial(4, 0.3) and of Poisson(1.2)."""
+    module, x = Branches().double(), torch.randn(2, 4).double()
+    binomial = 0.7**4 + 4 * 0.3 * 0.7**3 + 6 * 0.3**2 * 0.7**2
+    poisson = 2.718281828459045**-1.2 * (1 + 1.2 + 1.2**2 / 2)
+    for solver, expected in ((ClosedForm(0.3, 4), binomial), (Euler(0.3, 4), binomial), (Continuous(1.2), poisson)):
+        model = ActivationRelaxation(module, solver=solver)
+        gradients(model, (x,))
+        assert model.last_relaxation is not None
+        assert model.last_relaxation.remaining == pytest.approx(expected, rel=1e-12)
+    model = ActivationRelaxation(module, solver=Equilibrium())
+    gradients(model, (x,))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.remaining == 0
+
+
+# --------------------------------------------------------------------------------------------------- leaves no trace
+
+
+def hook_counts(module: nn.Module) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()]
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)
+def test_no_hooks_stay_on_the_module(solver: Solver) -> None:
+    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
+    before = hook_counts(module)
+    model = ActivationRelaxation(module, solver=solver)
+    assert hook_counts(module) == before
+    output = model(x)
+    assert hook_counts(module) == before
+    backward(squares(output))
+    assert hook_counts(module) == before
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5))
+    assert hook_counts(module) == before
+    assert_same_gradients(gradients(model, (x,)), gradients(ActivationRelaxation(module, solver=solver), (x,)))
+
+
+@every_solver
+def test_no_hooks_stay_on_tensors_that_outlive_the_pass(solver: Solver) -> None:
+    class Returns(nn.Module):
+        """Hands its input and a parameter out as they are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.layer = nn.Identity(), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = self.same(x)
+            return x, self.layer(x), self.layer.weight
+
+    x = torch.randn(2, 3, requires_grad=True)
+    model = ActivationRelaxation(Returns(), solver=solver, vertices="modules")
+    for _ in range(2):
+        backward(sum((squares(y) for y in model(x)), torch.zeros(())))
+    for tensor in (x, *model.parameters()):
+        assert not cast(Any, tensor)._backward_hooks
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+@pytest.mark.parametrize("ending", ["backward", "dropped"])
+def test_the_recorded_graph_is_released(solver: Solver, ending: str) -> None:
+    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
+    model, kept = ActivationRelaxation(module, solver=solver), list[weakref.ref[Tensor]]()
+    for layer in module:
+        layer.register_forward_hook(lambda _module, args, output: kept.extend(map(weakref.ref, (*args, output))))
+    gc.collect()
+    gc.disable()
+    try:
+        loss = squares(model(x))
+        assert sum(ref() is not None for ref in kept) > 1
+        if ending == "backward":
+            backward(loss)
+        else:
+            del loss
+        assert [ref() for ref in kept if ref() is not None and ref() is not x] == []
+    finally:
+        gc.enable()
+
+
+def test_a_second_backward_pass_is_refused_in_pytorchs_own_words() -> None:
+    for model in (mlp(3, 4, 2), ActivationRelaxation(mlp(3, 4, 2))):
+        loss = squares(model(torch.randn(2, 3)))
+        backward(loss)
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+            backward(loss)
+
+
+@every_solver
+def test_a_retained_graph_gives_the_same_gradient_again(solver: Solver) -> None:
+    module, x = Branches().double(), torch.randn(2, 4).double()
+    model = ActivationRelaxation(module, solver=solver)
+    once = gradients(module, (x,))
+    del once["input 0"]
+    module.zero_grad()
+    loss = squares(model(x))
+    backward(loss, retain_graph=True)
+    backward(loss, retain_graph=True)
+    backward(loss)
+    expected = {name: None if g is None else 3 * g for name, g in once.items()}
+    assert_same_gradients({name: p.grad for name, p in module.named_parameters()}, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        backward(loss)
