@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaxprop.graph import Graph, States
-from relaxprop.recording import find_vertices, map_tensors, trained_parameters
+from relaxprop.recording import find_vertices, map_tensors
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler, add
 from relaxprop.transients import discrete_hops
@@ -126,10 +126,12 @@ def convergence(
     euler = solver or model.solver.replay()
     if euler is None:
         raise ValueError(f"solver: {model.solver} has no steps to follow, pass solver=Euler(step_size, num_steps)")
-    graph, exact = _driven_graph(model, loss_fn, inputs)
-    parameters = {
-        name: p for name, p in model.module.named_parameters() if name in exact and float(exact[name].norm()) > 0
-    }
+    with _undisturbed(model), torch.enable_grad():
+        return _follow(euler, *_driven_graph(model, loss_fn, inputs))
+
+
+def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: dict[str, Tensor]) -> Convergence:
+    """The curves of a graph whose outputs are driven, for parameters by name and backpropagation's gradients."""
     source = graph.source()
     initial = graph.initial_states(source)
     scale = {name: float(exact[name].double().norm()) for name in parameters}
@@ -163,20 +165,22 @@ def convergence(
 
 def _driven_graph(
     model: ActivationRelaxation, loss_fn: LossFunction, inputs: tuple[Any, ...]
-) -> tuple[Graph, dict[str, Tensor]]:
-    """A recorded pass with ∂L/∂(outputs) set, and backpropagation's gradients by parameter name."""
-    vertices = find_vertices(model.module, model.vertices)
-    with _undisturbed(model), torch.enable_grad():
-        graph, result = model._recorder.record(model.module, vertices, trained_parameters(model.module), inputs)
-        outputs = [output.detach().requires_grad_() for output in graph.outputs]
-        replacements = iter(outputs)
-        loss = _scalar(loss_fn(map_tensors(lambda x: next(replacements) if x.requires_grad else x, result)))
-        graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))
-    with _undisturbed(model), torch.enable_grad():
-        parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+) -> tuple[Graph, dict[str, Tensor], dict[str, Tensor]]:
+    """A recorded pass with ∂L/∂(outputs) set; parameters by name, and their gradients by backpropagation.
+
+    Parameters whose gradient is zero are left out.
+    """
+    with _undisturbed(model):
+        names = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         loss = _scalar(loss_fn(model.module(*inputs)))
-        exact = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return graph, {name: g for name, g in zip(parameters, exact, strict=True) if g is not None}
+        found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+    exact = {name: g for name, g in zip(names, found, strict=True) if g is not None and g.count_nonzero()}
+    recording = model._recorder.record(model.module, find_vertices(model.module, model.vertices), inputs)
+    outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
+    replacements = iter(outputs)
+    result = map_tensors(lambda x: next(replacements) if x.requires_grad else x, recording.result)
+    recording.graph.drive_outputs(torch.autograd.grad(_scalar(loss_fn(result)), outputs, allow_unused=True))
+    return recording.graph, {name: names[name] for name in exact}, exact
 
 
 @contextmanager

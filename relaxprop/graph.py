@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
 
 
 class Vertex:
@@ -56,25 +57,21 @@ class Graph:
     Args:
         recorded: the vertices in the order of the feedforward pass.
         outputs: the tensors of the model's result that require grad.
-        trained: the tensors that gradients are wanted for: parameters, and inputs that require grad.
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
+
+    Attributes:
+        vertices: those that the driven outputs depend on (at first: that any output depends on), those with fewer
+            vertices upstream first.
+        levels: the same by height.
+        read: the leaf tensors that the outputs were computed from, vertices aside: parameters and inputs, by their id.
     """
 
-    def __init__(
-        self,
-        recorded: Sequence[Vertex],
-        outputs: Sequence[Tensor],
-        trained: Sequence[Tensor],
-        *,
-        clamped: bool = True,
-    ) -> None:
+    def __init__(self, recorded: Sequence[Vertex], outputs: Sequence[Tensor], *, clamped: bool = True) -> None:
         self.recorded = recorded
         self.outputs = outputs
-        self.trained = trained
         self.clamped = clamped
-        self.vertices: list[Vertex] = []
-        self.levels: list[list[Vertex]] = []
         self._driven: list[tuple[Tensor, Tensor]] = []
+        self._place_vertices(outputs)
 
     @property
     def depth(self) -> int:
@@ -82,42 +79,46 @@ class Graph:
         return len(self.levels)
 
     def drive_outputs(self, gradients: Sequence[Tensor | None]) -> None:
-        """Set ∂L/∂(outputs), and find the vertices that the loss depends on and their place in the graph.
+        """Set ∂L/∂(outputs).
 
         A vertex that the loss does not depend on is no part of the loss's computation graph: it does not relax,
         and what is above it gets no gradient, as in backpropagation.
         """
         pairs = zip(self.outputs, gradients, strict=True)
         self._driven = [(output, gradient) for output, gradient in pairs if gradient is not None]
-        self.vertices = self._place_vertices()
-        self.levels = [[] for _ in range(max((v.height + 1 for v in self.vertices), default=0))]
-        for vertex in self.vertices:
-            self.levels[vertex.height].append(vertex)
+        if len(self._driven) < len(self.outputs):
+            self._place_vertices([output for output, _ in self._driven])
 
-    def _place_vertices(self) -> list[Vertex]:
+    def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
-        vertex_of = {id(v.leaf): v for v in self.recorded}
-        inputs = _inputs_first([output for output, _ in self._driven], vertex_of)
+        inputs, self.read = _inputs_first(outputs, {id(v.leaf): v for v in self.recorded})
         upstream: dict[_Place, int] = {}
-        for node, above in inputs.items():
-            upstream[node] = longest = max([upstream[n] for n in above], default=0)
-            if isinstance(node, Vertex):
-                node.upstream = longest
-                upstream[node] += 1
+        vertices = []
+        for place, above in inputs.items():
+            longest = max([upstream[p] for p in above]) if above else 0
+            if type(place) is Vertex:
+                vertices.append(place)
+                place.upstream = longest
+                longest += 1
+            upstream[place] = longest
         height = dict.fromkeys(inputs, 0)
-        for node, above in reversed(inputs.items()):
-            below = height[node]
-            if isinstance(node, Vertex):
-                node.height = below
-                below += 1
-            for n in above:
-                if height[n] < below:
-                    height[n] = below
-        return sorted((n for n in inputs if isinstance(n, Vertex)), key=lambda v: v.upstream)
+        for place in reversed(inputs):
+            longest = height[place]
+            if type(place) is Vertex:
+                place.height = longest
+                longest += 1
+            for p in inputs[place]:
+                if height[p] < longest:
+                    height[p] = longest
+        vertices.sort(key=_upstream)
+        self.vertices = vertices
+        self.levels: list[list[Vertex]] = [[] for _ in range(max([v.height + 1 for v in vertices], default=0))]
+        for vertex in vertices:
+            self.levels[vertex.height].append(vertex)
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
-        return self.vertices[bisect_left(self.vertices, count, key=lambda v: v.upstream) :]
+        return self.vertices[bisect_left(self.vertices, count, key=_upstream) :]
 
     def source(self) -> States:
         """s: what reaches each vertex from ∂L/∂(outputs) through no other vertex."""
@@ -164,43 +165,29 @@ class Graph:
         arrived = _vector_jacobian_product(pushed, [v.leaf for v in onto])
         return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
 
-    def check_trained(self) -> None:
-        """Refuse a pass that read a tensor requiring grad which is neither a parameter nor an input.
-
-        Raises:
-            ValueError: there is such a tensor; no gradient could reach it.
-        """
-        known = {id(t) for t in self.trained} | {id(v.leaf) for v in self.recorded}
-        ends = [*self.outputs, *(v.output for v in self.recorded)]
-        stack: list[Node] = [get_gradient_edge(end).node for end in ends]
-        seen: set[Node] = set()
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            stack.extend(above for above, _ in node.next_functions if above is not None)
-            variable: Any = getattr(node, "variable", None) if type(node) is _AccumulateGrad else None
-            if variable is not None and id(variable) not in known:
-                raise ValueError(
-                    f"the model read a tensor of shape {tuple(variable.shape)} that requires grad but is neither one "
-                    "of its parameters nor one of its inputs, so no gradient can reach it: register it as an "
-                    "nn.Parameter, pass it to the model as an argument, or detach it"
-                )
-
 
 def _vector_jacobian_product(
     pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Tensor], *, retain_graph: bool = True
 ) -> Gradients:
+    """``torch.autograd.grad`` without its checks of arguments, which would cost as much as a small layer."""
     if not pushed or not onto:
         return (None,) * len(onto)
-    return torch.autograd.grad(
-        outputs=[tensor for tensor, _ in pushed],
-        inputs=onto,
-        grad_outputs=[x if x.dtype == tensor.dtype else x.to(tensor.dtype) for tensor, x in pushed],
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    outputs = tuple([tensor for tensor, _ in pushed])
+    states = tuple([x if x.dtype == tensor.dtype else x.to(tensor.dtype) for tensor, x in pushed])
+    # A hook on a parameter (gradient clipping, logging) is there for the final gradient, which PyTorch shows it later;
+    # here it would also run on what is taken in between.
+    hooked = [hooks for t in onto if (hooks := t._backward_hooks)]
+    aside = [dict(hooks) for hooks in hooked]
+    for hooks in hooked:
+        hooks.clear()
+    try:
+        gradients: Gradients = _engine_run_backward(
+            outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
+        )
+        return gradients
+    finally:
+        for hooks, own in zip(hooked, aside, strict=True):
+            hooks.update(own)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -208,33 +195,50 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _inputs_first(ends: Iterable[Tensor], vertex_of: Mapping[int, Vertex]) -> dict[_Place, list[_Place]]:
+def _inputs_first(
+    ends: Iterable[Tensor], vertex_of: Mapping[int, Vertex]
+) -> tuple[dict[_Place, Sequence[_Place]], dict[int, Tensor]]:
     """What the tensors ``ends`` were computed from: every place with its inputs, which come before the place itself.
 
-    Vertices (given by the id of their leaf) join the graph where it was cut; parameters are left out.
+    Vertices (given by the id of their leaf) join the graph where it was cut. The other leaf tensors are returned apart.
     """
-    ordered: dict[_Place, list[_Place]] = {}
+    ordered: dict[_Place, Sequence[_Place]] = {}
+    read: dict[int, Tensor] = {}
+    stack: list[tuple[_Place, Sequence[_Place] | None]] = [(_place(end, vertex_of), None) for end in ends]
     seen: set[_Place] = set()
-    stack: list[tuple[_Place, list[_Place] | None]] = [(_place(end, vertex_of), None) for end in ends]
     while stack:
         place, inputs = stack.pop()
         if inputs is not None:
             ordered[place] = inputs
-        elif place not in seen:
-            seen.add(place)
-            inputs = [_place(place.output, vertex_of)] if isinstance(place, Vertex) else []
-            if not isinstance(place, Vertex):
-                for node, _ in place.next_functions:
-                    if type(node) is _AccumulateGrad:
-                        vertex = vertex_of.get(id(node.variable))  # type: ignore[union-attr]
-                        if vertex is not None:
-                            inputs.append(vertex)
-                    elif node is not None:
-                        inputs.append(node)
+            continue
+        if place in seen:
+            continue
+        seen.add(place)
+        if type(place) is Vertex:
+            inputs = [_place(place.output, vertex_of)]
+        else:
+            inputs = []
+            nodes = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
+            for node, _ in nodes:
+                if type(node) is _AccumulateGrad:
+                    variable = cast(Any, node).variable
+                    vertex = vertex_of.get(id(variable))
+                    if vertex is None:
+                        read[id(variable)] = variable
+                    else:
+                        inputs.append(vertex)
+                elif node is not None:
+                    inputs.append(node)
+        if inputs:
             stack.append((place, inputs))
-            stack.extend((above, None) for above in inputs)
-    return ordered
+            stack.extend([(above, None) for above in inputs])
+        else:
+            ordered[place] = inputs
+    return ordered, read
 
 
 def _place(tensor: Tensor, vertex_of: Mapping[int, Vertex]) -> _Place:
     return vertex_of.get(id(tensor)) or tensor.grad_fn or get_gradient_edge(tensor).node
+
+
+_upstream = attrgetter("upstream")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from relaxprop.graph import Graph, Vertex
 
 Granularity = Literal["activations", "modules"]
 OutputRule = Literal["clamped", "relaxed"]
+
+
+ALLOWED = "vertices must be 'activations', 'modules' or an iterable of the model's submodules"
 
 
 def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -30,31 +34,22 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
         ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
         TypeError: anything else.
     """
-    names = {submodule: name or type(submodule).__name__ for name, submodule in module.named_modules()}
     if isinstance(vertices, str):
-        if vertices == "activations":
-            found = {m: name for m, name in names.items() if _is_activation(m)}
-        elif vertices == "modules":
-            found = {m: name for m, name in names.items() if not any(m.children())}
-        else:
-            raise ValueError(
-                f"vertices must be 'activations', 'modules' or an iterable of the model's submodules, got {vertices!r}"
-            )
+        if vertices not in ("activations", "modules"):
+            raise ValueError(f"{ALLOWED}, got {vertices!r}")
+        is_vertex = _is_activation if vertices == "activations" else _has_no_submodules
+        found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
     else:
+        names = {m: name or type(m).__name__ for name, m in module.named_modules()}
         if not isinstance(vertices, Iterable) or (isinstance(vertices, nn.Module) and vertices not in names):
-            raise TypeError(
-                "vertices must be 'activations', 'modules' or an iterable of the model's submodules, "
-                f"got {type(vertices).__name__}"
-            )
-        chosen = list(vertices)
-        for submodule in chosen:
+            raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
+        found = {}
+        for submodule in vertices:
             if not isinstance(submodule, nn.Module):
-                raise TypeError(f"vertices must hold modules, got {submodule!r}")
+                raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
             if submodule not in names:
-                raise ValueError(
-                    f"vertices holds a {type(submodule).__name__} that is not part of the {type(module).__name__}"
-                )
-        found = {m: names[m] for m in chosen}
+                raise ValueError(f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the model")
+            found[submodule] = names[submodule]
     if not found:
         raise ValueError(
             f"vertices={vertices!r} finds no vertex in {type(module).__name__}: pass vertices='modules' (the output of "
@@ -68,8 +63,29 @@ def _is_activation(module: nn.Module) -> bool:
     return home in ("activation", "activations") and not isinstance(module, nn.MultiheadAttention)
 
 
+def _has_no_submodules(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded forward pass.
+
+    Attributes:
+        graph: its `Graph`.
+        result: the model's result, its tensors still attached to the graph.
+        given: the tensors that a gradient is wanted for, as the user knows them: inputs that require grad, parameters.
+        trained: what stands for each of them in the graph.
+    """
+
+    graph: Graph
+    result: Any
+    given: list[Tensor]
+    trained: list[Tensor]
+
+
 class Recorder:
-    """Runs a model's forward pass and returns its `Graph`.
+    """Runs a model's forward pass, its graph cut at the outputs of the given modules.
 
     Args:
         output: "clamped" holds the output at ∂L/∂x^L, "relaxed" makes it one more vertex.
@@ -78,31 +94,45 @@ class Recorder:
     def __init__(self, output: OutputRule = "clamped") -> None:
         self.output = output
         # A model may write in place into what a vertex handed on (ReLU(inplace=True), x += y). Autograd forbids that
-        # on a leaf, and it would change x̄. So the first pass hands on copies and sees which are written to; later
-        # passes copy those.
-        self.overwritten: set[str] | None = None
+        # on a leaf, and it would change x̄. So a module's first outputs are handed on as copies, and if one was written
+        # to, the later ones too.
+        self.overwritten: dict[str, bool] = {}
+        self.known: set[int] = set()  # ids of the model's parameters, to find a foreign tensor
 
     def record(
         self,
         module: nn.Module,
         vertices: Mapping[nn.Module, str],
-        parameters: Sequence[nn.Parameter],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Graph, Any]:
+    ) -> Recording:
         """One forward pass.
 
         Args:
+            module: the model.
             vertices: as from `find_vertices`.
-            parameters: the model's, as from `trained_parameters`.
-            args, kwargs: the model's; tensors in them that require grad are inputs that gradients are wanted for.
+            args: the model's; tensors that require grad are inputs that gradients are wanted for.
+            kwargs: likewise.
 
-        Returns:
-            The graph, and the model's result with its tensors still attached to the graph. In ``graph.trained`` the
-            inputs come first, then the parameters.
+        Raises:
+            TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
+            ValueError: the model read a tensor that requires grad and is neither a parameter nor an input.
         """
         with torch.enable_grad():
-            return _Pass(self, vertices).run(module, parameters, args, dict(kwargs or {}))
+            return _Pass(self, vertices).run(module, args, kwargs or {})
+
+    def check_trained(self, module: nn.Module, leaves: Mapping[int, Tensor]) -> None:
+        """Refuse leaf tensors that are no parameters: no gradient could reach them."""
+        if leaves.keys() <= self.known:
+            return
+        self.known = {id(p) for p in module.parameters()}
+        for key, tensor in leaves.items():
+            if key not in self.known:
+                raise ValueError(
+                    f"the model read a tensor of shape {tuple(tensor.shape)} that requires grad but is neither one "
+                    "of its parameters nor one of its inputs, so no gradient can reach it: register it as an "
+                    "nn.Parameter, pass it to the model as an argument, or detach it"
+                )
 
 
 class _Pass:
@@ -114,67 +144,72 @@ class _Pass:
         self.vertices: list[Vertex] = []
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, _HandedOn] = {}  # by the id of the tensor
+        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in
 
-    def run(
-        self, module: nn.Module, parameters: Sequence[nn.Parameter], args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[Graph, Any]:
-        inputs: list[Tensor] = []
-
-        def detached(x: Tensor) -> Tensor:
-            if not x.requires_grad:
-                return x
-            inputs.append(x.detach().requires_grad_())
-            return self._hand_on(f"input {len(inputs)}", inputs[-1])
-
-        args = [map_tensors(detached, x) for x in args]
-        kwargs = {name: map_tensors(detached, x) for name, x in kwargs.items()}
-        replacements = _stand_ins(module, parameters)
+    def run(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
+        args = [map_tensors(self._detach_input, x) for x in args]
+        kwargs = {name: map_tensors(self._detach_input, x) for name, x in kwargs.items()}
         handles = [m.register_forward_hook(self._cut_output) for m in self.names]
         try:
-            if replacements:
-                result = torch.func.functional_call(module, replacements, tuple(args), kwargs)
-            else:
-                result = module(*args, **kwargs)
+            result = module(*args, **kwargs)
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
+                self.recorder.overwritten.update(dict.fromkeys(self.recorder.overwritten, True))
+                error.add_note(
+                    "the model wrote in place into an activity that it has only read so far; from now on it gets "
+                    "copies, so repeat the pass"
+                )
+            raise
         finally:
             for handle in handles:
                 handle.remove()
         if self.recorder.output == "relaxed":
-            result = map_tensors(lambda x: self._vertex("output", x), result)
+            result = map_tensors(lambda x: self._vertex(x, "output", "output"), result)
         outputs = [self._leaf(x) for x in tensors_requiring_grad(result)]
-        stand_in = {id(module.get_parameter(name)): alias for name, alias in replacements.items()}
-        trained = [*inputs, *(stand_in.get(id(p), p) for p in parameters)]
-        graph = Graph(self.vertices, outputs, trained, clamped=self.recorder.output == "clamped")
-        if self.recorder.overwritten is None:
-            graph.check_trained()
-        written = {handed.name for handed in self.handed_on.values() if handed.overwritten}
-        self.recorder.overwritten = (self.recorder.overwritten or set()) | written
-        return graph, result
+        overwritten = self.recorder.overwritten
+        for handed in self.handed_on.values():
+            overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
+        graph = Graph(self.vertices, outputs, clamped=self.recorder.output == "clamped")
+        inputs = [pair for key, pair in self.inputs.items() if key in graph.read]
+        parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
+        self.recorder.check_trained(module, parameters)
+        return Recording(
+            graph,
+            result,
+            given=[*(given for given, _ in inputs), *parameters.values()],
+            trained=[*(alias for _, alias in inputs), *parameters.values()],
+        )
+
+    def _detach_input(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x
+        alias = x.detach().requires_grad_()
+        self.inputs[id(alias)] = x, alias
+        return self._hand_on(alias, "input")
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        name = self.names[module]
-        self.calls[name] = call = self.calls.get(name, 0) + 1
-        if call > 1:
-            name = f"{name}#{call}"
+        origin = self.names[module]
+        self.calls[origin] = call = self.calls.get(origin, 0) + 1
+        name = origin if call == 1 else f"{origin}#{call}"
         if isinstance(output, Tensor):
-            return self._vertex(name, output)
+            return self._vertex(output, origin, name)
         part = itertools.count()
-        return map_tensors(lambda x: self._vertex(f"{name}[{next(part)}]", x), output)
+        return map_tensors(lambda x: self._vertex(x, origin, f"{name}[{next(part)}]"), output)
 
-    def _vertex(self, name: str, output: Tensor) -> Tensor:
+    def _vertex(self, output: Tensor, origin: str, name: str) -> Tensor:
         if not output.requires_grad:
             return output  # nothing that is trained lies above it
         if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
             return output  # it is a vertex already
         leaf = output.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, leaf))
-        return self._hand_on(name, leaf)
+        return self._hand_on(leaf, origin)
 
-    def _hand_on(self, name: str, leaf: Tensor) -> Tensor:
-        overwritten = self.recorder.overwritten
-        copy = overwritten is None or name in overwritten
-        handed = leaf.clone() if copy else leaf
-        self.handed_on[id(handed)] = _HandedOn(name, handed, leaf, handed._version)
-        return handed
+    def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
+        leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+        tensor = leaf.clone() if self.recorder.overwritten.get(origin, True) else leaf
+        self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
+        return tensor
 
     def _leaf(self, output: Tensor) -> Tensor:
         """The vertex's own leaf where the output is an untouched copy of it."""
@@ -185,7 +220,7 @@ class _Pass:
 class _HandedOn(NamedTuple):
     """What the rest of the model reads of a vertex or of an input."""
 
-    name: str
+    origin: str  # the name of the module, or "input"
     tensor: Tensor
     leaf: Tensor
     version: int
@@ -224,16 +259,9 @@ def tensors_requiring_grad(nested: Any) -> list[Tensor]:
     return tensors
 
 
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require grad."""
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def _stand_ins(module: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
-    """Aliases, by name, of the parameters that carry hooks.
-
-    A hook on a parameter (gradient clipping, logging) must see the final gradient once. It would also run whenever a
-    gradient of that very tensor is taken within the relaxation phase, so there an alias takes its place.
-    """
-    hooked = {id(p): p.detach().requires_grad_() for p in parameters if cast(Any, p)._backward_hooks}
-    return {name: hooked[id(p)] for name, p in module.named_parameters() if id(p) in hooked} if hooked else {}
+def _refuse_stray_gradient(leaf: Tensor) -> None:
+    leaf.grad = None
+    raise RuntimeError(
+        f"the loss reads an activity of shape {tuple(leaf.shape)} that the model kept to itself (on an attribute, say) "
+        "and did not return, so the relaxation phase does not know of it: return it from the model, with the output"
+    )

@@ -16,6 +16,7 @@ Source: Millidge, Tschantz, Seth, Buckley, arXiv 2010.06219, section 2 and Algor
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,10 +32,10 @@ from relaxprop.recording import (
     Granularity,
     OutputRule,
     Recorder,
+    Recording,
     find_vertices,
     map_tensors,
     tensors_requiring_grad,
-    trained_parameters,
 )
 from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, add, at_equilibrium
 
@@ -69,6 +70,8 @@ class ActivationRelaxation(nn.Module):
     The initial state of the relaxation phase is the feedforward activity, whatever the loss's scale. So with a finite
     number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
     is left of the initial state weigh more beside the gradient; ``last_relaxation.remaining`` says how much is left.
+
+    A full backward hook on a submodule belongs to that module's Jacobian, so it runs in every product with A.
 
     Args:
         module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
@@ -133,26 +136,24 @@ class ActivationRelaxation(nn.Module):
             return self.module(*args, **kwargs)
         if isinstance(self.solver, Equilibrium) and not self.measure_residual:
             return self._reverse_mode(args, kwargs)
-        inputs = [t for x in (*args, *kwargs.values()) for t in tensors_requiring_grad(x)]
-        parameters = trained_parameters(self.module)
-        if not inputs and not parameters:
-            return self.module(*args, **kwargs)
-        call = _Call(self, parameters, args, kwargs)
-        outputs = iter(_RelaxationPhase.apply(call, *inputs, *parameters))  # type: ignore[no-untyped-call]
-        return map_tensors(lambda x: next(outputs) if x.requires_grad else x, call.result)
+        vertices = find_vertices(self.module, self.vertices)
+        recording = self._recorder.record(self.module, vertices, args, kwargs)
+        if not recording.graph.outputs:
+            return recording.result
+        outputs = iter(_RelaxationPhase.apply(self, recording, *recording.given))  # type: ignore[no-untyped-call]
+        return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
         vertices = find_vertices(self.module, self.vertices)
-        record = at_equilibrium(len(vertices), depth=None)
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in tensors_requiring_grad(output):
+            for tensor in filter(_is_computed, tensors_requiring_grad(output)):
                 tensor.register_hook(partial(_refuse_overflow, vertices[module]))  # type: ignore[no-untyped-call]
 
         def at_output(gradient: Tensor) -> None:
             _refuse_second_derivative()
-            self.last_relaxation = record
+            self.last_relaxation = at_equilibrium(vertices=None, depth=None)
 
         handles = [m.register_forward_hook(at_vertex) for m in vertices] if self.check_finite else []
         try:
@@ -160,7 +161,7 @@ class ActivationRelaxation(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
+        for tensor in filter(_is_computed, {id(t): t for t in tensors_requiring_grad(result)}.values()):
             tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
         return result
 
@@ -186,35 +187,22 @@ def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
-class _Call:
-    """Carries one call's arguments into `_RelaxationPhase` and its result out of it."""
-
-    def __init__(self, wrapper: ActivationRelaxation, parameters: list[nn.Parameter], args: Any, kwargs: Any) -> None:
-        self.wrapper = wrapper
-        self.parameters = parameters
-        self.args = args
-        self.kwargs = kwargs
-        self.result: Any = None
-
-    def record(self) -> Graph:
-        module = self.wrapper.module
-        vertices = find_vertices(module, self.wrapper.vertices)
-        recorder = self.wrapper._recorder
-        graph, self.result = recorder.record(module, vertices, self.parameters, self.args, self.kwargs)
-        return graph
+_NOTHING = torch.empty(0)
 
 
 class _RelaxationPhase(torch.autograd.Function):
     """The model as one node of PyTorch's graph, with (1) and (2) as its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, *trained: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, wrapper: ActivationRelaxation, recording: Recording, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.graph = call.record()
-        ctx.wrapper, ctx.solver = call.wrapper, call.wrapper.solver
+        ctx.wrapper, ctx.solver = wrapper, wrapper.solver
+        ctx.graph, ctx.trained = recording.graph, recording.trained
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
-        ctx.save_for_backward(torch.empty(0))
-        return tuple([output.detach() for output in ctx.graph.outputs])
+        ctx.save_for_backward(_NOTHING)
+        # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
+        outputs = recording.graph.outputs
+        return tuple([o.detach().clone() if o.is_leaf or o._is_view() else o.detach() for o in outputs])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
@@ -226,10 +214,7 @@ class _RelaxationPhase(torch.autograd.Function):
         if not keep:
             ctx.graph = None
         graph.drive_outputs(output_gradients)
-        needed = ctx.needs_input_grad[1:]
-        wanted = [t for t, need in zip(graph.trained, needed, strict=True) if need]
-        gradients = iter(_relax(ctx.wrapper, ctx.solver, graph, wanted, retain_graph=keep))
-        return None, *[next(gradients) if need else None for need in needed]
+        return None, None, *_relax(ctx.wrapper, ctx.solver, graph, ctx.trained, retain_graph=keep)
 
 
 def _relax(
@@ -242,6 +227,11 @@ def _relax(
         record = replace(record, residuals=_residuals(graph, states))
     wrapper.last_relaxation = record
     return graph.gradients(states, wanted, retain_graph=retain_graph)  # (2)
+
+
+def _is_computed(tensor: Tensor) -> bool:
+    """Whether the tensor, and with it a hook on it, lives for this pass only."""
+    return tensor.grad_fn is not None
 
 
 def _refuse_second_derivative() -> None:
@@ -288,7 +278,7 @@ def _first_not_finite(states: States) -> str | None:
 
 def _is_finite(x: Tensor) -> bool:
     # A finite sum has finite terms: only where it is not, a closer look is needed.
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+    return cmath.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def _refuse_overflow(vertex: str, x: Tensor) -> None:

@@ -45,8 +45,8 @@ class Relaxation:
     """What one relaxation phase did.
 
     Attributes:
-        vertices: number of vertices that relaxed.
-        depth: D, the number of vertices on the longest path; None where nobody had to know it (`Equilibrium`).
+        vertices: number of vertices that relaxed; None where the graph was not cut (`Equilibrium`).
+        depth: D, the number of vertices on the longest path; None likewise.
         num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
         transports: products with A that were made; a sweep counts as one, as it visits every edge once.
         remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
@@ -57,7 +57,7 @@ class Relaxation:
             ``ActivationRelaxation(…, measure_residual=True)``.
     """
 
-    vertices: int
+    vertices: int | None
     depth: int | None
     num_steps: int | None
     transports: int
@@ -194,18 +194,16 @@ def _horner(graph: Graph, source: States, hops: Hops) -> tuple[States, int]:
     nearest to the input, often the most expensive, is visited once.
     """
     initial = graph.initial_states(source)
-    terms = np.flatnonzero((hops.initial != 0) | (hops.source != 0))
-    last = int(terms[-1]) if len(terms) else 0
     states: States = {}
-    for k in range(last, -1, -1):
+    for k in range(len(hops.terms) - 1, -1, -1):
+        c, d = hops.terms[k]
         active = graph.with_upstream(k)
         arriving = graph.transport(states, active)
-        c, d = float(hops.initial[k]), float(hops.source[k])
         states = {}
         for v in active:
             y = torch.add(arriving[v], initial[v], alpha=c) if v in arriving else c * initial[v]
             states[v] = y.add_(source[v], alpha=d) if v in source else y
-    return states, last
+    return states, len(hops.terms) - 1
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,7 @@ class Equilibrium(Solver):
         return states, at_equilibrium(len(graph.vertices), graph.depth)
 
 
-def at_equilibrium(vertices: int, depth: int | None) -> Relaxation:
+def at_equilibrium(vertices: int | None, depth: int | None) -> Relaxation:
     """The record of states that one sweep has brought to equilibrium."""
     return Relaxation(vertices, depth, num_steps=None, transports=1, remaining=0.0, converged=True)
 

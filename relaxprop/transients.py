@@ -49,6 +49,14 @@ class Hops:
         return float(np.abs(self.initial).sum())
 
     @cached_property
+    def terms(self) -> list[tuple[float, float]]:
+        """The pairs (c_k, d_k) from k = 0 to the last that is not zero."""
+        pairs = [(float(c), float(d)) for c, d in zip(self.initial, self.source, strict=True)]
+        while len(pairs) > 1 and pairs[-1] == (0, 0):
+            pairs.pop()
+        return pairs
+
+    @cached_property
     def largest(self) -> float:
         """``max_k |c_k|``."""
         return float(np.abs(self.initial).max(initial=0))

@@ -127,8 +127,7 @@ def driven_graph(
     module: nn.Module, vertices: dict[nn.Module, str], inputs: Sequence[Any], loss: Callable[[Any], Tensor] = squares
 ) -> Graph:
     torch.manual_seed(2)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    graph, result = Recorder().record(module, vertices, parameters, inputs)
+    recording = Recorder().record(module, vertices, inputs)
     outputs: list[Tensor] = []
 
     def cut_off(x: Any) -> Any:
@@ -137,9 +136,9 @@ def driven_graph(
         outputs.append(x.detach().requires_grad_())
         return outputs[-1]
 
-    final = loss(pytree.tree_map(cut_off, result))
-    graph.drive_outputs(torch.autograd.grad(final, outputs, allow_unused=True))
-    return graph
+    final = loss(pytree.tree_map(cut_off, recording.result))
+    recording.graph.drive_outputs(torch.autograd.grad(final, outputs, allow_unused=True))
+    return recording.graph
 
 
 def activity_gradients(problem: Problem) -> list[Tensor | None]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from relaxprop.lab.figures import Mean
 
 DPI = 150
+ROUNDING = float(np.finfo(np.float64).eps)
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -40,7 +41,7 @@ def learning_curves(curves: Sequence[tuple[str, Sequence[Mean]]], title: str, pa
 
 def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) -> Path:
     """Distance to backpropagation's gradient per layer over relaxation steps; a panel per step size."""
-    figure = Figure(figsize=(3.2 * len(curves) + 0.8, 4.2), layout="constrained")
+    figure = Figure(figsize=(3 * len(curves) + 1, 4.8), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     weights = [name for name in curves[0].measured if name.endswith("weight")]
     exact = [name for name in weights if all(c.measured[name].max() == 0 for c in curves)]
@@ -54,13 +55,20 @@ def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) ->
             predicted = curve.predicted[name]
             axes.plot(steps[dots], predicted[dots], "o", color=colour, markersize=3.5, fillstyle="none",
                       label=f"{_layer(name)}, predicted")  # fmt: skip
-        axes.set(yscale="log", xlabel="relaxation steps", title=f"step size {curve.solver.step_size:g}")
+        axes.axhline(ROUNDING, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(
+            yscale="log",
+            ylim=(ROUNDING / 30, None),
+            xlabel="relaxation steps",
+            title=f"step size {curve.solver.step_size:g}",
+        )
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("distance to backpropagation's gradient\n(relative to its norm)")
     figure.suptitle(f"{title}: {curves[0].solver.order} relaxation, depth {curves[0].depth}")
-    note = f"; exact at once (output held): {', '.join(map(_layer, exact))}" if exact else ""
+    panels[0].annotate("rounding", (0.03, ROUNDING), xycoords=("axes fraction", "data"), va="bottom", color="grey")
+    note = f" ({', '.join(map(_layer, exact))}: exact from the start, as the output is held)" if exact else ""
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(drawn), title=f"weight gradient of{note}")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(drawn), title=f"gradient of the weights{note}")
     return _save(figure, path)
 
 
