@@ -62,7 +62,7 @@ class Graph:
     Attributes:
         vertices: those that the driven outputs depend on (at first: that any output depends on), those with fewer
             vertices upstream first.
-        levels: the same by height.
+        depth: D, the number of vertices on the longest path.
         read: the leaf tensors that the outputs were computed from, vertices aside: parameters and inputs, by their id.
     """
 
@@ -72,11 +72,6 @@ class Graph:
         self.clamped = clamped
         self._driven: list[tuple[Tensor, Tensor]] = []
         self._place_vertices(outputs)
-
-    @property
-    def depth(self) -> int:
-        """D: the number of vertices on the longest path."""
-        return len(self.levels)
 
     def drive_outputs(self, gradients: Sequence[Tensor | None]) -> None:
         """Set ∂L/∂(outputs).
@@ -112,9 +107,7 @@ class Graph:
                     height[p] = longest
         vertices.sort(key=_upstream)
         self.vertices = vertices
-        self.levels: list[list[Vertex]] = [[] for _ in range(max([v.height + 1 for v in vertices], default=0))]
-        for vertex in vertices:
-            self.levels[vertex.height].append(vertex)
+        self.depth = vertices[-1].upstream + 1 if vertices else 0
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
@@ -140,11 +133,14 @@ class Graph:
 
     def sweep(self, source: States, settle: Callable[[Vertex, Tensor], Tensor]) -> States:
         """One pass from the output to the input: ``x_v = settle(v, (A x)_v + s_v)``, with the x already settled."""
+        levels: list[list[Vertex]] = [[] for _ in range(self.depth)]
+        for vertex in self.vertices:
+            levels[vertex.height].append(vertex)
         arriving = dict(source)
         states: States = {}
-        for height, level in enumerate(self.levels):
+        for height, level in enumerate(levels):
             settled = {v: settle(v, arriving.pop(v) if v in arriving else v.zeros()) for v in level}
-            above = [v for higher in self.levels[height + 1 :] for v in higher]
+            above = [v for higher in levels[height + 1 :] for v in higher]
             for vertex, x in self.transport(settled, above).items():
                 arriving[vertex] = arriving[vertex] + x if vertex in arriving else x
             states |= settled

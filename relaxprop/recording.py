@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 # PyTorch has no public name for its nested structures; Hugging Face registers its output classes with this one.
@@ -48,7 +48,9 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
             if not isinstance(submodule, nn.Module):
                 raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
             if submodule not in names:
-                raise ValueError(f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the model")
+                raise ValueError(
+                    f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the {type(module).__name__}"
+                )
             found[submodule] = names[submodule]
     if not found:
         raise ValueError(
@@ -59,8 +61,12 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
 
 
 def _is_activation(module: nn.Module) -> bool:
-    home = type(module).__module__.rpartition(".")[2]
-    return home in ("activation", "activations") and not isinstance(module, nn.MultiheadAttention)
+    return _defines_activations(type(module).__module__) and not isinstance(module, nn.MultiheadAttention)
+
+
+@cache
+def _defines_activations(python_module: str) -> bool:
+    return python_module.rpartition(".")[2] in ("activation", "activations")
 
 
 def _has_no_submodules(module: nn.Module) -> bool:
@@ -106,7 +112,7 @@ class Recorder:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Recording:
-        """One forward pass.
+        """One forward pass, to be called with gradients enabled.
 
         Args:
             module: the model.
@@ -118,8 +124,7 @@ class Recorder:
             TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
             ValueError: the model read a tensor that requires grad and is neither a parameter nor an input.
         """
-        with torch.enable_grad():
-            return _Pass(self, vertices).run(module, args, kwargs or {})
+        return _Pass(self, vertices).run(module, args, kwargs or {})
 
     def check_trained(self, module: nn.Module, leaves: Mapping[int, Tensor]) -> None:
         """Refuse leaf tensors that are no parameters: no gradient could reach them."""
@@ -206,8 +211,10 @@ class _Pass:
         return self._hand_on(leaf, origin)
 
     def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
-        leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
-        tensor = leaf.clone() if self.recorder.overwritten.get(origin, True) else leaf
+        overwritten = self.recorder.overwritten.get(origin)
+        if overwritten is None:
+            leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+        tensor = leaf if overwritten is False else leaf.clone()
         self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
         return tensor
 

@@ -136,8 +136,8 @@ class ActivationRelaxation(nn.Module):
             return self.module(*args, **kwargs)
         if isinstance(self.solver, Equilibrium) and not self.measure_residual:
             return self._reverse_mode(args, kwargs)
-        vertices = find_vertices(self.module, self.vertices)
-        recording = self._recorder.record(self.module, vertices, args, kwargs)
+        module = self.module
+        recording = self._recorder.record(module, find_vertices(module, self.vertices), args, kwargs)
         if not recording.graph.outputs:
             return recording.result
         outputs = iter(_RelaxationPhase.apply(self, recording, *recording.given))  # type: ignore[no-untyped-call]

@@ -293,7 +293,7 @@ def add(graph: Graph, left: States, right: States) -> States:
 
 
 def _record(graph: Graph, states: States, hops: Hops, *, num_steps: int | None, transports: int) -> Relaxation:
-    rounding = min([torch.finfo(x.dtype).eps for x in states.values()], default=0.0)
+    rounding = min([torch.finfo(dtype).eps for dtype in {x.dtype for x in states.values()}], default=0.0)
     return Relaxation(
         vertices=len(graph.vertices),
         depth=graph.depth,
