@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,7 +51,7 @@ RunsOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="PyTorch device, for instance cpu or cuda.")]
 FigureName = Literal["demo"]
-EpochsOption = Annotated[int, typer.Option(min=1, help="Passes over the training data.")]
+EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 
 
 @app.command()
@@ -59,16 +60,16 @@ def train(
     model: ModelOption = "mlp",
     rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
     solver: Annotated[SolverName, typer.Option(help="How the relaxation phase is integrated.")] = "closed-form",
-    step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. [default: 0.1]")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. [default: 100]")] = None,
+    step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. (default: 0.1)")] = None,
+    num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. (default: 100)")] = None,
     order: Annotated[
-        Order | None, typer.Option(help="Order of updates; closed-form, euler. [default: simultaneous]")
+        Order | None, typer.Option(help="Order of updates; closed-form, euler. (default: simultaneous)")
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Stop early at this residual; euler.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Time T; continuous. [default: 10]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes initial weights and minibatches.")] = 0,
+    duration: Annotated[float | None, typer.Option(help="Time T; continuous. (default: 10)")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
     epochs: EpochsOption = 30,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of SGD on the summed squared error.")] = 0.0005,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
@@ -118,16 +119,17 @@ def reproduce(
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the table and the figures. [default: figures/FIGURE-DATASET]")
+        Path | None, typer.Option(help="Folder for the table and the figures. (default: figures/FIGURE-DATASET)")
     ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures."""
+    with _usage_errors("--epochs"):
+        configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
     folder = out or Path("figures") / f"{figure}-{dataset}"
     for written in (runs, folder):
         records.check_writable(written)
     loaded = data.load(dataset, data_dir)
-    configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     with _kept(kept), _progress() as progress:
         task = progress.add_task("", total=epochs * len(configs))
@@ -158,7 +160,7 @@ def convergence(
     dataset: DatasetOption = "digits",
     model: ModelOption = "mlp",
     step_size: Annotated[
-        list[float] | None, typer.Option(help="η in (0, 2); repeat it for several. [default: 0.05 0.1 0.2 0.5]")
+        list[float] | None, typer.Option(help="η in (0, 2); repeat it for several. (default: 0.05 0.1 0.2 0.5)")
     ] = None,
     num_steps: Annotated[int, typer.Option(min=1, help="Relaxation steps to follow.")] = 100,
     order: Annotated[Order, typer.Option(help="Order of updates.")] = "simultaneous",
@@ -166,12 +168,13 @@ def convergence(
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in the minibatch.")] = 64,
     data_dir: DataDirOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the figure. [default: figures/convergence-DATASET]")
+        Path | None, typer.Option(help="Folder for the figure. (default: figures/convergence-DATASET)")
     ] = None,
 ) -> None:
     """Distance to backpropagation's gradient per layer and relaxation step, measured and predicted."""
-    for eta in step_size or ():
-        _usage(check_step_size, eta, hint="--step-size")
+    with _usage_errors("--step-size"):
+        for eta in step_size or ():
+            check_step_size(eta)
     folder = out or Path("figures") / f"convergence-{dataset}"
     records.check_writable(folder)
     loaded = data.load(dataset, data_dir)
@@ -264,16 +267,23 @@ def _run_config(solver_options: dict[str, Any], **values: Any) -> RunConfig:
             raise typer.BadParameter(
                 f"it has no effect with --solver {values['solver']}, leave it out", param_hint=flag
             )
-    _usage(kind, **solver_options, hint="--solver")
-    return RunConfig(solver_options=solver_options, **values)
+    with _usage_errors("--solver"):
+        kind(**solver_options)
+    with _usage_errors("--solver"):
+        return RunConfig(solver_options=solver_options, **values)
 
 
-def _usage(check: Any, *args: Any, hint: str, **kwargs: Any) -> None:
+@contextmanager
+def _usage_errors(option: str) -> Iterator[None]:
     """Turns what an object of the library refuses into a usage error."""
     try:
-        check(*args, **kwargs)
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else option
+        raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=hint) from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _device(name: str) -> torch.device:

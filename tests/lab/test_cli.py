@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from relaxprop.lab import cli, figures
+from relaxprop.lab.cli import app, main
+
+COMMANDS = ("train", "reproduce", "convergence", "bench")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("RELAXPROP_DATA", raising=False)
+
+
+def invoke(*args: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, re.sub(r"[│╭╮╰╯─\s]+", " ", result.output)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command: str) -> None:
+    status, text = invoke(command, "--help")
+    assert status == 0
+    assert "--help" in text
+    for line in cli.__dict__[command].__doc__.splitlines():
+        assert line.strip() in text
+
+
+def test_help_and_version() -> None:
+    status, text = invoke("--help")
+    assert status == 0
+    assert all(command in text for command in COMMANDS)
+    assert invoke("--version") == (0, "relaxprop 0.1.0 ")
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (("train", "--dataset", "imagenet"), ("'--dataset'", "imagenet", "digits", "mnist", "fashion_mnist")),
+        (("train", "--model", "vgg"), ("'--model'", "vgg", "mlp")),
+        (("train", "--rule", "hebb"), ("'--rule'", "hebb", "ar", "backprop")),
+        (("train", "--solver", "magic"), ("'--solver'", "closed-form", "euler", "continuous", "equilibrium")),
+        (("train", "--order", "random"), ("'--order'", "simultaneous", "sequential", "asynchronous")),
+        (("train", "--step-size", "2"), ("step_size must be in (0, 2)", "got 2.0")),
+        (("train", "--num-steps", "0"), ("num_steps must be at least 1, got 0",)),
+        (("train", "--num-steps", "many"), ("'--num-steps'", "valid integer")),
+        (("train", "--solver", "equilibrium", "--step-size", "0.5"), ("--step-size", "no effect", "equilibrium")),
+        (("train", "--rule", "backprop", "--num-steps", "9"), ("--num-steps", "no effect", "backprop")),
+        (("train", "--epochs", "0"), ("--epochs", "greater than or equal to 1, got 0")),
+        (("train", "--seed", "-1"), ("--seed", "greater than or equal to 0, got -1")),
+        (("train", "--learning-rate", "-1"), ("--learning-rate", "greater than 0, got -1")),
+        (("reproduce", "demo", "--epochs", "-5"), ("--epochs", "greater than or equal to 1, got -5")),
+        (("train", "--device", "abacus"), ("--device", "abacus")),
+        (("train", "--epoch", "3"), ("No such option", "--epochs")),
+        (("reproduce", "figure9"), ("figure9", "demo")),
+        (("reproduce",), ("Missing argument", "demo")),
+        (("convergence", "--step-size", "3"), ("step_size must be in (0, 2)", "got 3.0")),
+        (("bench", "--rounds", "1"), ("'--rounds'", "greater than or equal to 2")),
+        (("learn",), ("No such command", "learn")),
+    ],
+)
+def test_wrong_usage_is_explained_with_status_2(args: tuple[str, ...], parts: tuple[str, ...]) -> None:
+    status, text = invoke(*args)
+    assert status == 2
+    for part in parts:
+        assert part in text
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["relaxprop", *args])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    code = exit_info.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_main(monkeypatch, "train", "--dataset", "mnist", "--data-dir", str(tmp_path)) == 1
+    assert "mnist/train.parquet does not exist" in capsys.readouterr().err
+    (tmp_path / "file").write_text("kept")
+    for args in (
+        ("train", "--runs", "file"),
+        ("reproduce", "demo", "--out", "file/figures"),
+        ("convergence", "--out", "file"),
+        ("bench", "--json", "file/measurements.json"),
+    ):
+        assert run_main(monkeypatch, *args) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: cannot write to the folder")
+        assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_train_says_what_it_did_and_where_it_is(tmp_path: Path) -> None:
+    args = ("train", "--epochs", "1", "--solver", "euler", "--num-steps", "3", "--order", "sequential", "--seed", "4")
+    status, text = invoke(*args)
+    assert status == 0
+    assert "epoch 1/1 test accuracy" in text
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name in text.replace(" ", "")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["solver_options"] == {"step_size": 0.1, "num_steps": 3, "order": "sequential", "tolerance": None}
+    assert (config["seed"], config["learning_rate"], config["batch_size"]) == (4, 0.0005, 64)
+
+
+def test_train_on_a_users_folder(data_dir: Path) -> None:
+    status, text = invoke("train", "--dataset", "mnist", "--data-dir", str(data_dir), "--epochs", "1")
+    assert status == 0
+    assert "test accuracy" in text
+
+
+def test_the_demo_prints_its_table_and_ends_with_its_paths(tmp_path: Path) -> None:
+    args = ("reproduce", "demo", "--epochs", "1", "--seeds", "2")
+    status, text = invoke(*args)
+    assert status == 0
+    assert "Activation Relaxation" in text
+    assert "Backpropagation" in text
+    for name in ("table.md", "accuracy.csv", "summary.json", "accuracy.png", "convergence.png"):
+        assert f"figures/demo-digits/{name}" in text
+        assert (tmp_path / "figures" / "demo-digits" / name).stat().st_size > 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
+    assert len(before) == 4
+    assert invoke(*args)[0] == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_convergence_writes_curves_and_figure(tmp_path: Path) -> None:
+    args = ("convergence", "--step-size", "0.5", "--step-size", "1", "--num-steps", "4", "--order", "sequential")
+    status, text = invoke(*args)
+    assert status == 0
+    folder = tmp_path / "figures" / "convergence-digits"
+    assert {path.name for path in folder.iterdir()} == {"convergence.csv", "convergence.json", "convergence.png"}
+    lines = (folder / "convergence.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 8 * 5  # step sizes × parameters × (start and four steps)
+    assert "linear1.weight" in text
+    assert json.loads((folder / "convergence.json").read_text())["largest_deviation"] < 1e-12
+
+
+def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
+    status, text = invoke("bench", "--rounds", "2", "--batch-size", "2", "--json", "out/bench.json")
+    assert status == 0
+    for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "memory ratio"):
+        assert part in text
+    assert len(json.loads((tmp_path / "out" / "bench.json").read_text())["costs"]) == 4
+
+
+def test_control_c_stops_at_once_and_keeps_finished_epochs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "relaxprop.lab.cli", "train", "--epochs", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert process.stdout is not None
+    assert "epoch   1/100000" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "stopped: the finished epochs are in runs/" in errors
+    assert "Traceback" not in errors
+    (metrics,) = (tmp_path / "runs").glob("*/metrics.jsonl")
+    finished = len(metrics.read_text().splitlines())
+    status, _ = invoke("train", "--epochs", str(finished))
+    assert status == 0
+
+
+def test_an_interrupted_figure_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_all", interrupt)
+    assert run_main(monkeypatch, "reproduce", "demo") == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_the_default_step_sizes_are_those_that_help_names() -> None:
+    _, text = invoke("convergence", "--help")
+    assert f"(default: {' '.join(map(str, figures.STEP_SIZES))})" in text

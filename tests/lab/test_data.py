@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from relaxprop.lab import data
+from relaxprop.lab.data import DataError
+from relaxprop.lab.models import build
+from tests.lab.conftest import write_split
+
+
+def test_digits_are_scikit_learns_real_digits() -> None:
+    digits = data.load("digits")
+    assert digits.train.images.shape == (1437, 1, 8, 8)
+    assert digits.test.images.shape == (360, 1, 8, 8)
+    assert digits.classes == tuple("0123456789")
+    everything = torch.cat((digits.train.images, digits.test.images))
+    assert everything.min() == 0
+    assert everything.max() == 1
+    # Every class has its share in both splits.
+    assert (digits.test.labels.bincount() >= 34).all()
+
+
+def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (7, 5, 4), dtype=np.uint8)
+    for split in ("train", "test"):
+        write_split(tmp_path / "fashion_mnist" / f"{split}.parquet", images, [3, 1, 4, 1, 5, 9, 2])
+    loaded = data.load("fashion_mnist", tmp_path)
+    assert loaded.image_shape == (1, 5, 4)
+    torch.testing.assert_close(loaded.train.images[:, 0] * 255, torch.tensor(images).float())
+    assert loaded.test.labels.tolist() == [3, 1, 4, 1, 5, 9, 2]
+
+
+def test_the_folder_may_come_from_the_environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAXPROP_DATA", str(data_dir))
+    assert len(data.load("mnist").train) == 50
+
+
+def test_an_unknown_data_set_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"dataset must be one of digits, mnist, fashion_mnist, got 'imagenet'"):
+        data.load("imagenet")
+
+
+def test_a_missing_file_is_named_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mnist/train\.parquet does not exist.*--data-dir.*RELAXPROP_DATA"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "image"])
+def test_a_damaged_file_is_named(data_dir: Path, damage: str) -> None:
+    path = data_dir / "mnist" / "test.parquet"
+    whole = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("no parquet")
+    else:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+        rows = {"image": [{"bytes": b"\x89PNG but not really", "path": None}], "label": [0]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    with pytest.raises(DataError, match=r"mnist/test\.parquet cannot be read.*Fetch the file again"):
+        data.load("mnist", data_dir)
+
+
+def test_a_file_without_images_is_named(data_dir: Path) -> None:
+    path = data_dir / "mnist" / "train.parquet"
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(path)
+    with pytest.raises(DataError, match=r"train\.parquet cannot be read.*Image and a ClassLabel column"):
+        data.load("mnist", data_dir)
+
+
+def test_the_papers_mlp_and_its_initial_weights() -> None:
+    digits = data.load("digits")
+    model = build("mlp", digits, seed=3)
+    assert [tuple(p.shape) for p in model.parameters() if p.dim() == 2] == [
+        (300, 64),
+        (300, 300),
+        (100, 300),
+        (10, 100),
+    ]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() == 2])
+    # 140,000 draws of N(0, 0.05²): both moments within five standard errors.
+    assert abs(float(weights.mean())) < 5 * 0.05 / len(weights) ** 0.5
+    assert abs(float(weights.std()) - 0.05) < 5 * 0.05 / (2 * len(weights)) ** 0.5
+    assert all((p == 0).all() for p in model.parameters() if p.dim() == 1)
+    same, other = build("mlp", digits, seed=3), build("mlp", digits, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(model.linear1.weight, other.linear1.weight)  # type: ignore[arg-type,union-attr]
+    with pytest.raises(ValueError, match="model must be one of mlp, got 'vgg'"):
+        build("vgg", digits, seed=0)

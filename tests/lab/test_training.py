@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from relaxprop.lab import data, training
+from relaxprop.lab.data import Dataset, Split
+from relaxprop.lab.models import build
+from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig
+from relaxprop.lab.training import accuracy, minibatches, train
+from relaxprop.relaxation import NonFiniteStateError
+from relaxprop.solvers import ClosedForm, Euler
+
+
+def small(epochs: int = 3, **options: object) -> RunConfig:
+    return RunConfig.model_validate({"epochs": epochs, **options})
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    whole = data.load("digits")
+    train = Split(whole.train.images[:320], whole.train.labels[:320])
+    return Dataset("digits", whole.classes, train, whole.test)
+
+
+def learning(metrics: list[EpochMetrics]) -> list[tuple[float, float]]:
+    return [(m.train_loss, m.test_accuracy) for m in metrics]
+
+
+def test_the_loop_is_the_papers(digits: Dataset) -> None:
+    """One epoch by hand: W ← W − 0.0005 ∂/∂W Σ (x^L − T)², minibatch by minibatch, by plain autograd."""
+    config = small(1, rule="backprop", seed=5)
+    model = build("mlp", digits, seed=5)
+    total = 0.0
+    for rows in minibatches(len(digits.train), config, 1):
+        target = torch.eye(10)[digits.train.labels[rows]]
+        loss = ((model(digits.train.images[rows]) - target) ** 2).sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.sub_(0.0005 * gradient)
+        total += float(loss.detach())
+    (metrics,) = train(config, digits)
+    assert metrics.train_loss == pytest.approx(total / 320, rel=1e-5)
+    correct = model(digits.test.images).argmax(1) == digits.test.labels
+    assert metrics.test_accuracy == pytest.approx(float(correct.double().mean()), abs=1 / 360)
+
+
+def test_at_equilibrium_training_is_backpropagation(digits: Dataset) -> None:
+    relaxed = train(small(rule="ar", solver="equilibrium"), digits)
+    assert learning(relaxed) == learning(train(small(rule="backprop"), digits))
+    assert relaxed[-1].train_loss < relaxed[0].train_loss
+
+
+def test_the_closed_form_trains_like_the_steps_that_it_replaces(digits: Dataset) -> None:
+    options = {"step_size": 0.2, "num_steps": 12}
+    closed = train(small(2, solver="closed-form", solver_options=options), digits)
+    steps = train(small(2, solver="euler", solver_options=options), digits)
+    assert [m.train_loss for m in closed] == pytest.approx([m.train_loss for m in steps], rel=1e-4)
+
+
+def test_minibatches_visit_every_sample_once_and_differ_by_epoch_and_seed() -> None:
+    config = small(batch_size=64, seed=1)
+    first = list(minibatches(1437, config, 1))
+    assert [len(rows) for rows in first] == [64] * 22 + [29]
+    assert torch.cat(first).sort().values.tolist() == list(range(1437))
+    assert torch.equal(torch.cat(first), torch.cat(list(minibatches(1437, small(rule="backprop", seed=1), 1))))
+    for other, epoch in ((config, 2), (small(seed=2), 1)):
+        assert not torch.equal(torch.cat(first), torch.cat(list(minibatches(1437, other, epoch))))
+
+
+def test_accuracy_counts_every_sample(digits: Dataset) -> None:
+    model = build("mlp", digits, seed=0)
+    right = (model(digits.test.images).argmax(1) == digits.test.labels).double().mean()
+    assert accuracy(model, digits.test, batch_size=77) == pytest.approx(float(right))
+
+
+# ----------------------------------------------------------------------------------------------------------- on disk
+
+
+class StopHereError(Exception):
+    pass
+
+
+def test_an_interrupted_run_resumes_to_identical_metrics(digits: Dataset, tmp_path: Path) -> None:
+    config = small(4)
+
+    def interrupt(metrics: EpochMetrics) -> None:
+        if metrics.epoch == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(config, digits, root=tmp_path, on_epoch=interrupt)
+    computed: list[int] = []
+    resumed = train(config, digits, root=tmp_path, on_epoch=lambda m: computed.append(m.epoch))
+    assert computed == [3, 4]
+    assert learning(resumed) == learning(train(config, digits))
+
+
+def test_an_epoch_without_its_weights_is_computed_again(digits: Dataset, tmp_path: Path) -> None:
+    """The interruption came between the two files."""
+    config = small(2)
+    whole = train(config, digits, root=tmp_path)
+    shorter = train(small(1), digits, root=tmp_path / "other")
+    Path(tmp_path / config.id / "checkpoint.safetensors").write_bytes(
+        (tmp_path / "other" / config.id / "checkpoint.safetensors").read_bytes()
+    )
+    assert len(shorter) == 1
+    computed: list[int] = []
+    again = train(config, digits, root=tmp_path, on_epoch=lambda m: computed.append(m.epoch))
+    assert computed == [2]
+    assert learning(again) == learning(whole)
+
+
+def test_a_finished_run_is_not_computed_again(digits: Dataset, tmp_path: Path) -> None:
+    metrics = train(small(2), digits, root=tmp_path)
+    computed: list[EpochMetrics] = []
+    assert train(small(2), digits, root=tmp_path, on_epoch=computed.append) == metrics
+    assert train(small(1), digits, root=tmp_path, on_epoch=computed.append) == metrics[:1]
+    assert computed == []
+    assert train(small(3), digits, root=tmp_path, on_epoch=computed.append)[:2] == metrics
+    assert [m.epoch for m in computed] == [3]
+
+
+def test_what_a_run_leaves(digits: Dataset, tmp_path: Path) -> None:
+    config = small(1, seed=7)
+    train(config, digits, root=tmp_path)
+    folder = tmp_path / config.id
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.safetensors", "config.json", "environment.json", "metrics.jsonl"
+    ]  # fmt: skip
+    assert RunConfig.model_validate_json((folder / "config.json").read_text()) == config
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["processor"]
+    model = build("mlp", digits, seed=0)
+    Record(config, tmp_path).load_weights(model)
+    (metrics,) = Record(config, tmp_path).open()
+    assert accuracy(model, digits.test) == metrics.test_accuracy
+
+
+def test_a_diverged_run_keeps_its_finished_epochs(
+    digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.train_epoch
+
+    def diverge(*args: object) -> float:
+        if args[-1] == 2:
+            raise NonFiniteStateError("tanh1", 5)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "train_epoch", diverge)
+    with pytest.raises(NonFiniteStateError):
+        train(small(3), digits, root=tmp_path)
+    assert len(Record(small(3), tmp_path).open()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write the run's folder .*file"):
+        train(small(1), digits, root=tmp_path / "file")
+
+
+# -------------------------------------------------------------------------------------------------------- description
+
+
+def test_a_description_names_a_run() -> None:
+    assert small(1).id == small(9).id  # a longer run continues a shorter one
+    assert small().id == small(solver_options={"step_size": 0.1}).id  # defaults spelled out or not
+    assert small(rule="backprop").id == small(rule="backprop", solver="euler").id
+    different = [
+        small(seed=1),
+        small(rule="backprop"),
+        small(solver="euler"),
+        small(batch_size=32),
+        small(solver_options={"step_size": 0.2}),
+        small(learning_rate=0.1),
+        small(dataset="mnist"),
+    ]
+    assert len({config.id for config in (small(), *different)}) == 8
+
+
+def test_a_description_builds_its_solver() -> None:
+    assert small().build_solver() == ClosedForm(0.1, 100)
+    options = {"step_size": 0.5, "num_steps": 7, "order": "sequential", "tolerance": 1e-3}
+    config = small(solver="euler", solver_options=options)
+    assert config.build_solver() == Euler(0.5, 7, order="sequential", tolerance=1e-3)
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "imagenet"}, "'digits', 'mnist' or 'fashion_mnist'"),
+        ({"rule": "hebb"}, "'ar' or 'backprop'"),
+        ({"solver": "magic"}, "'closed-form', 'euler', 'continuous' or 'equilibrium'"),
+        ({"epochs": 0}, "greater than or equal to 1"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"solver_options": {"step_size": 2.0}}, r"step_size must be in \(0, 2\).*got 2.0"),
+        ({"epoch": 3}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_description_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RunConfig.model_validate(options)
