@@ -16,7 +16,7 @@ Source: Millidge et al., arXiv 2010.06219, section 2 and Appendix A.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -28,14 +28,13 @@ from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
 class Vertex:
     """One activity of the graph: a tensor that a module computed in the feedforward pass."""
 
-    __slots__ = ("height", "leaf", "name", "output", "upstream")
+    __slots__ = ("leaf", "name", "output", "upstream")
 
     def __init__(self, name: str, output: Tensor, leaf: Tensor) -> None:
         self.name = name
         self.output = output
         self.leaf = leaf
         self.upstream = 0  # vertices above this one on the longest path from the input
-        self.height = 0  # vertices below this one on the longest path to the output
 
     def __repr__(self) -> str:
         return f"Vertex({self.name!r}, shape={tuple(self.leaf.shape)})"
@@ -86,28 +85,41 @@ class Graph:
 
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
-        inputs, self.read = _inputs_first(outputs, {id(v.leaf): v for v in self.recorded})
-        upstream: dict[_Place, int] = {}
-        vertices = []
-        for place, above in inputs.items():
-            longest = max([upstream[p] for p in above]) if above else 0
+        vertex_of = {id(v.leaf): v for v in self.recorded}
+        self.read: dict[int, Tensor] = {}
+        self._inputs: dict[_Place, list[_Place]] = {}
+        self._upstream: dict[_Place, int] = {}  # a place's inputs stand before it
+        stack = [_place(output, vertex_of) for output in outputs]
+        while stack:
+            place = stack.pop()
+            if place in self._upstream:
+                continue
+            if place not in self._inputs:
+                self._inputs[place] = inputs = _inputs_of(place, vertex_of, self.read)
+                if inputs:
+                    stack.append(place)
+                    stack += inputs
+                    continue
+            longest = max([self._upstream[above] for above in self._inputs[place]], default=0)
             if type(place) is Vertex:
-                vertices.append(place)
                 place.upstream = longest
                 longest += 1
-            upstream[place] = longest
-        height = dict.fromkeys(inputs, 0)
-        for place in reversed(inputs):
+            self._upstream[place] = longest
+        self.vertices = sorted([place for place in self._inputs if type(place) is Vertex], key=_upstream)
+        self.depth = self.vertices[-1].upstream + 1 if self.vertices else 0
+
+    def levels(self) -> list[list[Vertex]]:
+        """The vertices by height: how many vertices are below them on the longest path to the output."""
+        height = dict.fromkeys(self._upstream, 0)
+        levels: list[list[Vertex]] = [[] for _ in range(self.depth)]
+        for place in reversed(self._upstream):
             longest = height[place]
             if type(place) is Vertex:
-                place.height = longest
+                levels[longest].append(place)
                 longest += 1
-            for p in inputs[place]:
-                if height[p] < longest:
-                    height[p] = longest
-        vertices.sort(key=_upstream)
-        self.vertices = vertices
-        self.depth = vertices[-1].upstream + 1 if vertices else 0
+            for above in self._inputs[place]:
+                height[above] = max(height[above], longest)
+        return levels
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
@@ -120,11 +132,13 @@ class Graph:
     def initial_states(self, source: States) -> States:
         """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
         at ∂L/∂x^L where the output is clamped."""
-        ends = {id(output) for output, _ in self._driven} if self.clamped else set()
-        return {
-            v: source[v] if v.height == 0 and id(v.leaf) in ends else _at_least_float32(v.leaf.detach())
-            for v in self.vertices
-        }
+        states = {v: _at_least_float32(v.leaf.detach()) for v in self.vertices}
+        if self.clamped:
+            ends = {id(output) for output, _ in self._driven}
+            if held := [v for v in self.vertices if id(v.leaf) in ends]:
+                read = {above for inputs in self._inputs.values() for above in inputs}
+                states |= {v: source[v] for v in held if v not in read}
+        return states
 
     def transport(self, states: States, onto: Sequence[Vertex] | None = None) -> States:
         """A x at the vertices ``onto`` (by default at all): one product with every local Jacobian."""
@@ -133,9 +147,7 @@ class Graph:
 
     def sweep(self, source: States, settle: Callable[[Vertex, Tensor], Tensor]) -> States:
         """One pass from the output to the input: ``x_v = settle(v, (A x)_v + s_v)``, with the x already settled."""
-        levels: list[list[Vertex]] = [[] for _ in range(self.depth)]
-        for vertex in self.vertices:
-            levels[vertex.height].append(vertex)
+        levels = self.levels()
         arriving = dict(source)
         states: States = {}
         for height, level in enumerate(levels):
@@ -191,46 +203,26 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _inputs_first(
-    ends: Iterable[Tensor], vertex_of: Mapping[int, Vertex]
-) -> tuple[dict[_Place, Sequence[_Place]], dict[int, Tensor]]:
-    """What the tensors ``ends`` were computed from: every place with its inputs, which come before the place itself.
+def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor]) -> list[_Place]:
+    """What a place was computed from directly.
 
-    Vertices (given by the id of their leaf) join the graph where it was cut. The other leaf tensors are returned apart.
+    Vertices, by the id of their leaf, join the graph where it was cut. The other leaf tensors go into ``read``.
     """
-    ordered: dict[_Place, Sequence[_Place]] = {}
-    read: dict[int, Tensor] = {}
-    stack: list[tuple[_Place, Sequence[_Place] | None]] = [(_place(end, vertex_of), None) for end in ends]
-    seen: set[_Place] = set()
-    while stack:
-        place, inputs = stack.pop()
-        if inputs is not None:
-            ordered[place] = inputs
-            continue
-        if place in seen:
-            continue
-        seen.add(place)
-        if type(place) is Vertex:
-            inputs = [_place(place.output, vertex_of)]
-        else:
-            inputs = []
-            nodes = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
-            for node, _ in nodes:
-                if type(node) is _AccumulateGrad:
-                    variable = cast(Any, node).variable
-                    vertex = vertex_of.get(id(variable))
-                    if vertex is None:
-                        read[id(variable)] = variable
-                    else:
-                        inputs.append(vertex)
-                elif node is not None:
-                    inputs.append(node)
-        if inputs:
-            stack.append((place, inputs))
-            stack.extend([(above, None) for above in inputs])
-        else:
-            ordered[place] = inputs
-    return ordered, read
+    if type(place) is Vertex:
+        return [_place(place.output, vertex_of)]
+    inputs: list[_Place] = []
+    nodes = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
+    for node, _ in nodes:
+        if type(node) is _AccumulateGrad:
+            variable = cast(Any, node).variable
+            vertex = vertex_of.get(id(variable))
+            if vertex is None:
+                read[id(variable)] = variable
+            else:
+                inputs.append(vertex)
+        elif node is not None:
+            inputs.append(node)
+    return inputs
 
 
 def _place(tensor: Tensor, vertex_of: Mapping[int, Vertex]) -> _Place:
