@@ -41,6 +41,7 @@ class StepCost(BaseModel):
 class Benchmark(BaseModel):
     """All rules on one model."""
 
+    command: str
     model: str
     batch_size: int
     device: str
@@ -65,6 +66,7 @@ def run(
     rounds: int = 100,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    command: str = "",
     on_round: Callable[[], None] = lambda: None,
 ) -> Benchmark:
     """Measures the training step of backpropagation and of each solver on random images of MNIST's size."""
@@ -87,6 +89,7 @@ def run(
     finally:
         gc.enable()
     return Benchmark(
+        command=command,
         model=model,
         batch_size=batch_size,
         device=str(device),
@@ -94,6 +97,15 @@ def run(
         environment=environment(),
         costs=[_cost(name, times, memory) for name in steps],
     )
+
+
+def markdown(benchmark: Benchmark) -> str:
+    """The measurements as a table for a document."""
+    lines = ["| training step | median (ms) | time | peak memory |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {c.rule} | {c.milliseconds:.2f} | {c.time_ratio:.2f}× | {c.memory_ratio:.2f}× |" for c in benchmark.costs
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]) -> StepCost:

@@ -217,13 +217,14 @@ def bench(
             rounds=rounds,
             batch_size=batch_size,
             device=_device(device),
+            command=_command(),
             on_round=lambda: progress.advance(task),
         )
     title = f"{model}, batch {batch_size}, {measured.device}: {rounds} interleaved training steps"
     shown = Table(title=title, title_justify="left")
-    shown.add_column("rule")
-    for column in ("median (ms)", "quartiles (ms)", "time ratio", "peak memory (KiB)", "memory ratio"):
-        shown.add_column(column, justify="right")
+    shown.add_column("rule", no_wrap=True)
+    for column in ("median ms", "quartiles", "time", "peak KiB", "memory"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for cost in measured.costs:
         low, high = cost.quartiles
         shown.add_row(
@@ -235,7 +236,8 @@ def bench(
             f"{cost.memory_ratio:.2f}×",
         )
     console.print(shown)
-    console.print("time ratio: median over the rounds of the ratio to backpropagation's step in the same round")
+    console.print("time: median over the rounds of the ratio to backpropagation's step in the same round")
+    console.print("memory: most that is allocated at one time in a step, its ratio to backpropagation's")
     if json is not None:
         records.write_atomically(json, measured.model_dump_json(indent=2) + "\n")
         _print_paths([json])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -173,9 +174,10 @@ def check_writable(folder: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions, as they go with every result."""
+    """Date, hardware and versions, as they go with every result."""
     packages = ("relaxprop", "torch", "numpy", "scipy")
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

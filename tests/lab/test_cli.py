@@ -155,9 +155,11 @@ def test_convergence_writes_curves_and_figure(tmp_path: Path) -> None:
 def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     status, text = invoke("bench", "--rounds", "2", "--batch-size", "2", "--json", "out/bench.json")
     assert status == 0
-    for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "memory ratio"):
+    for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "peak KiB"):
         assert part in text
-    assert len(json.loads((tmp_path / "out" / "bench.json").read_text())["costs"]) == 4
+    written = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert len(written["costs"]) == 4
+    assert written["environment"]["processor"]
 
 
 def test_control_c_stops_at_once_and_keeps_finished_epochs(tmp_path: Path) -> None:

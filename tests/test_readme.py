@@ -1,0 +1,50 @@
+"""What the README shows runs, and what it claims is what was measured."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from relaxprop.lab.bench import Benchmark, markdown
+from relaxprop.lab.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_blocks_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["network"][0].weight.grad is not None
+    assert "Relaxation(vertices=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line", [line for b in blocks("sh") for line in b.splitlines() if line.startswith("relaxprop")]
+)
+def test_the_commands_exist_with_their_options(line: str) -> None:
+    command, *arguments = shlex.split(line)[1:]
+    help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for argument in arguments:
+        assert not argument.startswith("--") or argument in help_text
+
+
+def test_the_tables_are_the_kept_results() -> None:
+    assert (ROOT / "results" / "mnist" / "table.md").read_text(encoding="utf-8") in README
+    benchmark = Benchmark.model_validate_json((ROOT / "results" / "bench-mlp.json").read_text())
+    assert markdown(benchmark) in README
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
