@@ -1,6 +1,8 @@
 """Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
 
+from relaxprop.derivatives import drop_derivatives
 from relaxprop.diagnostics import Alignment, Convergence, alignment, convergence
+from relaxprop.feedback import use_feedback
 from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
@@ -19,5 +21,7 @@ __all__ = [
     "Relaxation",
     "alignment",
     "convergence",
+    "drop_derivatives",
     "steps_to_converge",
+    "use_feedback",
 ]

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from relaxprop.derivatives import restored
+from relaxprop.feedback import symmetric
 from relaxprop.graph import Graph, States
 from relaxprop.recording import find_vertices, map_tensors
 from relaxprop.relaxation import ActivationRelaxation
@@ -66,7 +68,9 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) 
             return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     before = model.last_relaxation
-    relaxed, exact = gradients(model), gradients(model.module)
+    relaxed = gradients(model)
+    with symmetric(model.module), restored(model.module):
+        exact = gradients(model.module)
     model.last_relaxation = before
     return {
         name: _compare(g, b)
@@ -170,7 +174,7 @@ def _driven_graph(
 
     Parameters whose gradient is zero are left out.
     """
-    with _undisturbed(model):
+    with _undisturbed(model), symmetric(model.module), restored(model.module):
         names = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         loss = _scalar(loss_fn(model.module(*inputs)))
         found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
 
+from relaxprop.derivatives import Phase
+
 
 class Vertex:
     """One activity of the graph: a tensor that a module computed in the feedforward pass."""
@@ -56,6 +58,7 @@ class Graph:
     Args:
         recorded: the vertices in the order of the feedforward pass.
         outputs: the tensors of the model's result that require grad.
+        phase: tells the pass's dropped derivatives whether (1) or (2) is taken.
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
 
     Attributes:
@@ -65,9 +68,12 @@ class Graph:
         read: the leaf tensors that the outputs were computed from, vertices aside: parameters and inputs, by their id.
     """
 
-    def __init__(self, recorded: Sequence[Vertex], outputs: Sequence[Tensor], *, clamped: bool = True) -> None:
+    def __init__(
+        self, recorded: Sequence[Vertex], outputs: Sequence[Tensor], phase: Phase, *, clamped: bool = True
+    ) -> None:
         self.recorded = recorded
         self.outputs = outputs
+        self.phase = phase
         self.clamped = clamped
         self._driven: list[tuple[Tensor, Tensor]] = []
         self._place_vertices(outputs)
@@ -159,15 +165,25 @@ class Graph:
         return states
 
     def gradients(
-        self, states: States, wanted: Sequence[Tensor], *, driven: bool = True, retain_graph: bool = True
+        self,
+        states: States,
+        wanted: Sequence[Tensor],
+        *,
+        driven: bool = True,
+        updating: bool = True,
+        retain_graph: bool = True,
     ) -> Gradients:
         """(2): the gradients of ``wanted`` given the states; None for a tensor that the loss does not depend on.
 
         ``driven=False`` leaves out what comes from ∂L/∂(outputs) directly, and with it all but the part linear in the
-        states.
+        states. ``updating=False`` takes the derivatives of the relaxation phase: an input's error, as in (1).
         """
         pushed = [*(self._driven if driven else ()), *((v.output, x) for v, x in states.items())]
-        return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
+        self.phase.updating = updating
+        try:
+            return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
+        finally:
+            self.phase.updating = False
 
     def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex]) -> States:
         arrived = _vector_jacobian_product(pushed, [v.leaf for v in onto])

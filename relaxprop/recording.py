@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # PyTorch has no public name for its nested structures; Hugging Face registers its output classes with this one.
 from torch.utils import _pytree as pytree
 
+from relaxprop.derivatives import Phase, current_phase
 from relaxprop.graph import Graph, Vertex
 
 Granularity = Literal["activations", "modules"]
@@ -37,7 +38,7 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     if isinstance(vertices, str):
         if vertices not in ("activations", "modules"):
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
-        is_vertex = _is_activation if vertices == "activations" else _has_no_submodules
+        is_vertex = is_activation if vertices == "activations" else _has_no_submodules
         found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
     else:
         names = {m: name or type(m).__name__ for name, m in module.named_modules()}
@@ -60,7 +61,8 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     return found
 
 
-def _is_activation(module: nn.Module) -> bool:
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is of a class that is defined in a file of activations."""
     return _defines_activations(type(module).__module__) and not isinstance(module, nn.MultiheadAttention)
 
 
@@ -82,12 +84,14 @@ class Recording:
         result: the model's result, its tensors still attached to the graph.
         given: the tensors that a gradient is wanted for, as the user knows them: inputs that require grad, parameters.
         trained: what stands for each of them in the graph.
+        num_inputs: how many of them are inputs; they stand first.
     """
 
     graph: Graph
     result: Any
     given: list[Tensor]
     trained: list[Tensor]
+    num_inputs: int
 
 
 class Recorder:
@@ -155,6 +159,8 @@ class _Pass:
         args = [map_tensors(self._detach_input, x) for x in args]
         kwargs = {name: map_tensors(self._detach_input, x) for name, x in kwargs.items()}
         handles = [m.register_forward_hook(self._cut_output) for m in self.names]
+        phase = Phase()
+        token = current_phase.set(phase)
         try:
             result = module(*args, **kwargs)
         except RuntimeError as error:
@@ -166,6 +172,7 @@ class _Pass:
                 )
             raise
         finally:
+            current_phase.reset(token)
             for handle in handles:
                 handle.remove()
         if self.recorder.output == "relaxed":
@@ -174,7 +181,7 @@ class _Pass:
         overwritten = self.recorder.overwritten
         for handed in self.handed_on.values():
             overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
-        graph = Graph(self.vertices, outputs, clamped=self.recorder.output == "clamped")
+        graph = Graph(self.vertices, outputs, phase, clamped=self.recorder.output == "clamped")
         inputs = [pair for key, pair in self.inputs.items() if key in graph.read]
         parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
         self.recorder.check_trained(module, parameters)
@@ -183,6 +190,7 @@ class _Pass:
             result,
             given=[*(given for given, _ in inputs), *parameters.values()],
             trained=[*(alias for _, alias in inputs), *parameters.values()],
+            num_inputs=len(inputs),
         )
 
     def _detach_input(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relaxprop.derivatives import differs_by_phase
 from relaxprop.graph import Gradients, Graph, States
 from relaxprop.recording import (
     Granularity,
@@ -134,9 +135,9 @@ class ActivationRelaxation(nn.Module):
         """The module's own result."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        if isinstance(self.solver, Equilibrium) and not self.measure_residual:
-            return self._reverse_mode(args, kwargs)
         module = self.module
+        if isinstance(self.solver, Equilibrium) and not self.measure_residual and not differs_by_phase(module):
+            return self._reverse_mode(args, kwargs)
         recording = self._recorder.record(module, find_vertices(module, self.vertices), args, kwargs)
         if not recording.graph.outputs:
             return recording.result
@@ -197,7 +198,7 @@ class _RelaxationPhase(torch.autograd.Function):
     def forward(ctx: Any, wrapper: ActivationRelaxation, recording: Recording, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.wrapper, ctx.solver = wrapper, wrapper.solver
-        ctx.graph, ctx.trained = recording.graph, recording.trained
+        ctx.graph, ctx.trained, ctx.num_inputs = recording.graph, recording.trained, recording.num_inputs
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(_NOTHING)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
@@ -214,11 +215,18 @@ class _RelaxationPhase(torch.autograd.Function):
         if not keep:
             ctx.graph = None
         graph.drive_outputs(output_gradients)
-        return None, None, *_relax(ctx.wrapper, ctx.solver, graph, ctx.trained, retain_graph=keep)
+        inputs, parameters = ctx.trained[: ctx.num_inputs], ctx.trained[ctx.num_inputs :]
+        return None, None, *_relax(ctx.wrapper, ctx.solver, graph, inputs, parameters, retain_graph=keep)
 
 
 def _relax(
-    wrapper: ActivationRelaxation, solver: Solver, graph: Graph, wanted: list[Tensor], *, retain_graph: bool
+    wrapper: ActivationRelaxation,
+    solver: Solver,
+    graph: Graph,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    retain_graph: bool,
 ) -> Gradients:
     states, record = solver.solve(graph)  # (1)
     if wrapper.check_finite:
@@ -226,7 +234,10 @@ def _relax(
     if wrapper.measure_residual:
         record = replace(record, residuals=_residuals(graph, states))
     wrapper.last_relaxation = record
-    return graph.gradients(states, wanted, retain_graph=retain_graph)  # (2)
+    if graph.phase.differs and inputs:  # an input's error is the relaxation phase's, a weight's gradient the update's
+        errors = graph.gradients(states, inputs, updating=False)
+        return errors + graph.gradients(states, parameters, retain_graph=retain_graph)
+    return graph.gradients(states, [*inputs, *parameters], retain_graph=retain_graph)  # (2)
 
 
 def _is_computed(tensor: Tensor) -> bool:

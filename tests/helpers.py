@@ -392,29 +392,34 @@ def _affine(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class LiteralChain:
-    """x^{l+1} = tanh(W^l x^l + b^l) with a linear output and loss Σ (x^L − 0.3)², for a network made by `mlp`."""
+    """x^{l+1} = tanh(W^l x^l + b^l) with a linear output and loss Σ (x^L − 0.3)², for a network made by `mlp`.
+
+    ``B`` replaces W in (1); ``relaxing`` and ``updating`` are f' in (1) and in (2).
+    """
 
     def __init__(self, network: nn.Sequential, z: Tensor) -> None:
         self.layers = [layer for layer in network if isinstance(layer, nn.Linear)]
-        self.W = [layer.weight.detach() for layer in self.layers]
-        self.z, self.activities, self.slopes = z, list[Tensor](), list[Tensor]()
+        self.B = [layer.weight.detach() for layer in self.layers]
+        self.z, self.activities, self.relaxing = z, list[Tensor](), list[Tensor]()
         x = z
         for layer in self.layers[:-1]:
             u = _affine(layer, x)
             x = torch.tanh(u)
             self.activities.append(x)
-            self.slopes.append(1 - torch.tanh(u) ** 2)
+            self.relaxing.append(1 - torch.tanh(u) ** 2)
+        self.updating = self.relaxing
         self.error = 2 * (_affine(self.layers[-1], x) - 0.3)
 
-    def deltas(self, x: Sequence[Tensor]) -> list[Tensor]:
-        return [slope * x_i for slope, x_i in zip(self.slopes, x, strict=True)] + [self.error]
+    def _deltas(self, slopes: Sequence[Tensor], x: Sequence[Tensor]) -> list[Tensor]:
+        return [slope * x_i for slope, x_i in zip(slopes, x, strict=True)] + [self.error]
 
     def drive(self, x: Sequence[Tensor]) -> list[Tensor]:
-        return [delta @ W for delta, W in zip(self.deltas(x)[1:], self.W[1:], strict=True)]
+        deltas = self._deltas(self.relaxing, x)
+        return [delta @ B for delta, B in zip(deltas[1:], self.B[1:], strict=True)]
 
     def gradients(self, x: Sequence[Tensor]) -> Gradients:
-        deltas, below = self.deltas(x), [self.z, *self.activities]
-        found: Gradients = {"input 0": deltas[0] @ self.W[0]}
+        deltas, below = self._deltas(self.updating, x), [self.z, *self.activities]
+        found: Gradients = {"input 0": self._deltas(self.relaxing, x)[0] @ self.B[0]}
         for i, (delta, x_bar) in enumerate(zip(deltas, below, strict=True)):
             found |= {f"{2 * i}.weight": delta.T @ x_bar, f"{2 * i}.bias": delta.sum(0)}
         return found

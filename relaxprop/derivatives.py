@@ -1,0 +1,177 @@
+r"""Dropped nonlinear derivatives: f' → 1, so that an error passes an activation as if it were linear.
+
+    (4)  dx^l/dt = −x^l + W^{lT} x^{l+1}                 relaxation phase, without f'(W^l x̄^l)
+         ∂L/∂W^l → x^{l+1} x̄^{lT}                        weight update, likewise
+
+Source: Millidge et al., arXiv 2010.06219, equation (4). The paper drops f' in both places; its authors' code keeps it
+in the update of the MLP and drops it in that of the CNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+# Their Jacobian is no f' of each element, or they have parameters that only it reaches.
+_REFUSED = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.PReLU, nn.RReLU)
+
+
+@dataclass
+class Phase:
+    """Where a recorded pass is: in the relaxation phase, or in the weight update that ends it.
+
+    Attributes:
+        updating: whether what is taken now is the weight update.
+        differs: whether an activation of the pass treats its derivative differently in the two.
+    """
+
+    updating: bool = False
+    differs: bool = False
+
+
+current_phase: ContextVar[Phase | None] = ContextVar("current_phase", default=None)
+
+
+def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True) -> M:
+    """Drops the derivative of every elementwise activation module in ``module``, in place.
+
+    Exact where the activation is the identity. ``print(module)`` shows what is dropped.
+
+    Args:
+        module: a module, or any part of one: ``drop_derivatives(net.convolutional)``.
+        relaxation: f' → 1 in the relaxation phase, equation (1).
+        update: f' → 1 in the weight update, equation (2). With both False, the derivatives are restored.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        TypeError: ``module`` is no module, or an option no bool.
+        ValueError: no activation module in ``module``, or one that is not elementwise or has parameters.
+    """
+    from relaxprop.recording import is_activation
+
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    for name, value in (("relaxation", relaxation), ("update", update)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    activations = {name: m for name, m in module.named_modules() if is_activation(m)}
+    if not activations:
+        raise ValueError(f"module has no activation module: {type(module).__name__} has no derivative to drop")
+    for name, activation in activations.items():
+        if isinstance(activation, _REFUSED):
+            raise ValueError(
+                f"module {name or type(activation).__name__!r}: {type(activation).__name__} is not an elementwise "
+                "function without parameters, so f' → 1 means nothing for it; apply drop_derivatives to the other parts"
+            )
+    for activation in activations.values():
+        _set_dropped(activation, relaxation, update)
+    return module
+
+
+def _set_dropped(activation: Any, relaxation: bool, update: bool) -> None:
+    base = _plain_class(type(activation))
+    if relaxation or update:
+        activation.__class__ = _with_dropped(base)
+        activation.dropped_in_relaxation, activation.dropped_in_update = relaxation, update
+    else:
+        activation.__class__ = base
+        for name in ("dropped_in_relaxation", "dropped_in_update"):
+            activation.__dict__.pop(name, None)
+
+
+class _Dropped(nn.Module):
+    """An activation without its derivative. Mixed into the activation's own class."""
+
+    dropped_in_relaxation: bool
+    dropped_in_update: bool
+
+    def forward(self, h: Tensor) -> Tensor:
+        phase = current_phase.get()
+        differs = self.dropped_in_relaxation != self.dropped_in_update
+        if differs and phase is None and torch.is_grad_enabled() and h.requires_grad:
+            raise RuntimeError(
+                f"{type(self).__name__} drops its derivative in one of relaxation and weight update only, which plain "
+                "backpropagation cannot tell apart: call it within ActivationRelaxation"
+            )
+        # In-place activations overwrite h, which the identity still needs to see as it was.
+        argument = h.clone() if getattr(self, "inplace", False) else h
+        if not differs:
+            argument = argument.detach()
+        y: Tensor = super().forward(argument)
+        if not (h.requires_grad and torch.is_grad_enabled()):
+            return y
+        if phase is not None:
+            phase.differs |= differs
+        through: Tensor = _EitherWay.apply(h, y, self.dropped_in_relaxation, self.dropped_in_update, phase)  # type: ignore[no-untyped-call]
+        return through
+
+    def extra_repr(self) -> str:
+        places = {"relaxation": self.dropped_in_relaxation, "update": self.dropped_in_update}
+        dropped = f"dropped derivative in {' and '.join(name for name, value in places.items() if value)}"
+        return ", ".join(filter(None, (super().extra_repr(), dropped)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_activation, (_plain_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+class _EitherWay(torch.autograd.Function):
+    """y = f(h); its backward passes the error to h as it is where f' is dropped, and on through f where it is not."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, y: Tensor, in_relaxation: bool, in_update: bool, phase: Phase | None) -> Tensor:
+        ctx.dropped, ctx.phase = (in_relaxation, in_update), phase
+        ctx.set_materialize_grads(False)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        updating = ctx.phase is not None and ctx.phase.updating
+        dropped = ctx.dropped[updating]
+        return (gradient, None, None, None, None) if dropped else (None, gradient, None, None, None)
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _with_dropped(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _KINDS:
+        # The class keeps its place among the activations, so that it stays a vertex.
+        _KINDS[base] = type(f"Dropped{base.__name__}", (_Dropped, base), {"__module__": base.__module__})
+    return _KINDS[base]
+
+
+def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return kind.__mro__[2] if issubclass(kind, _Dropped) else kind
+
+
+def _new_activation(base: type[nn.Module]) -> nn.Module:
+    kind = _with_dropped(base)
+    return kind.__new__(kind)
+
+
+def differs_by_phase(module: nn.Module) -> bool:
+    """Whether a derivative is dropped in one of the two places only."""
+    return any(isinstance(m, _Dropped) and m.dropped_in_relaxation != m.dropped_in_update for m in module.modules())
+
+
+@contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Within it, the activations of ``module`` have their derivatives."""
+    dropped = {m: (m.dropped_in_relaxation, m.dropped_in_update) for m in module.modules() if isinstance(m, _Dropped)}
+    try:
+        for activation in dropped:
+            _set_dropped(activation, False, False)
+        yield
+    finally:
+        for activation, places in dropped.items():
+            _set_dropped(activation, *places)
