@@ -17,7 +17,9 @@ PUBLIC_NAMES = [
     "Relaxation",
     "alignment",
     "convergence",
+    "drop_derivatives",
     "steps_to_converge",
+    "use_feedback",
 ]
 
 
