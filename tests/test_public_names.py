@@ -53,6 +53,8 @@ def test_signatures_of_the_contract() -> None:
         "Equilibrium": "()",
         "steps_to_converge": "(depth, step_size, tolerance, *, order='simultaneous')",
         "alignment": "(model, loss_fn, *inputs)",
+        "use_feedback": "(module, rule='learned')",
+        "drop_derivatives": "(module, *, relaxation=True, update=True)",
     }
     for name, expected in signatures.items():
         signature = inspect.signature(getattr(relaxprop, name))
