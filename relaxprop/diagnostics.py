@@ -23,7 +23,7 @@ from relaxprop.feedback import symmetric
 from relaxprop.graph import Graph, States
 from relaxprop.recording import find_vertices, map_tensors
 from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import Euler, add
+from relaxprop.solvers import Euler, Solver, add
 from relaxprop.transients import discrete_hops
 
 LossFunction = Callable[[Any], Tensor]
@@ -73,14 +73,14 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) 
         exact = gradients(model.module)
     model.last_relaxation = before
     return {
-        name: _compare(g, b)
+        name: _compare(torch.zeros_like(b) if g is None else g, b)
         for name, g, b in zip(parameters, relaxed, exact, strict=True)
-        if g is not None and b is not None
+        if b is not None
     }
 
 
 def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
-    g, b = gradient.double().flatten(), exact.double().flatten()
+    g, b = _numbers(gradient), _numbers(exact)
     g_norm, b_norm = float(g.norm()), float(b.norm())
     if g_norm == 0 or b_norm == 0:
         return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan)
@@ -88,6 +88,11 @@ def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
     # The angle from the chord: the arc cosine would round angles below 1e-8 to zero.
     angle = 2 * math.atan2(float((g - b).norm()), float((g + b).norm()))
     return Alignment(min(1.0, max(-1.0, float(g @ b))), math.degrees(angle), g_norm / b_norm)
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """All numbers of a gradient in one row, in double precision; complex ones as pairs."""
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).double().flatten()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Convergence:
 
 
 def convergence(
-    model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, solver: Euler | None = None
+    model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, solver: Solver | None = None
 ) -> Convergence:
     """The distance of every parameter's gradient to backpropagation's, step by step, measured and predicted.
 
@@ -117,7 +122,7 @@ def convergence(
         model: the wrapped module.
         loss_fn: maps the model's result to a scalar loss.
         inputs: the model's arguments.
-        solver: whose steps to follow; by default the model's own solver, where it has steps.
+        solver: whose steps to follow, to the last (a tolerance does not stop them); by default the model's own.
 
     Returns:
         Curves by the parameter's name in the plain module, without those whose gradient is zero.
@@ -127,9 +132,10 @@ def convergence(
         ValueError: no solver is given and the model's own has no steps to follow.
     """
     _check_model(model)
-    euler = solver or model.solver.replay()
+    followed = model.solver if solver is None else solver
+    euler = followed if isinstance(followed, Euler) else followed.replay() if isinstance(followed, Solver) else None
     if euler is None:
-        raise ValueError(f"solver: {model.solver} has no steps to follow, pass solver=Euler(step_size, num_steps)")
+        raise ValueError(f"solver: {followed} has no steps to follow, pass solver=Euler(step_size, num_steps)")
     with _undisturbed(model), torch.enable_grad():
         return _follow(euler, *_driven_graph(model, loss_fn, inputs))
 
@@ -138,7 +144,7 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
     """The curves of a graph whose outputs are driven, for parameters by name and backpropagation's gradients."""
     source = graph.source()
     initial = graph.initial_states(source)
-    scale = {name: float(exact[name].double().norm()) for name in parameters}
+    scale = {name: float(_numbers(exact[name]).norm()) for name in parameters}
 
     def gradients(states: States, driven: bool) -> dict[str, Tensor]:
         found = graph.gradients(states, list(parameters.values()), driven=driven)
@@ -148,14 +154,14 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
     followed = (states for states, _ in euler.trajectory(graph, source, initial))
     for states in (initial, *islice(followed, euler.num_steps)):
         for name, g in gradients(states, True).items():
-            measured[name].append(float((g - exact[name]).double().norm()) / scale[name])
+            measured[name].append(float(_numbers(g - exact[name]).norm()) / scale[name])
 
     # x_n − x* = Σ_k c_k A^k (x̄ − x*), so a Gram matrix of the D contributions holds every norm for all n.
     difference = {v: initial[v] - x for v, x in graph.sweep(source, lambda _, arriving: arriving).items()}
     contributions: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(graph.depth):
         for name, g in gradients(difference, False).items():
-            contributions[name].append(g.double().flatten())
+            contributions[name].append(_numbers(g))
         difference = add(graph, graph.transport(difference), {})
     c = np.stack(
         [discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in range(euler.num_steps + 1)]
@@ -189,15 +195,19 @@ def _driven_graph(
 
 @contextmanager
 def _undisturbed(model: ActivationRelaxation) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
 
 
 def _check_model(model: object) -> None:

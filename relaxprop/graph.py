@@ -16,7 +16,8 @@ Source: Millidge et al., arXiv 2010.06219, section 2 and Appendix A.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any, cast
 
@@ -76,6 +77,7 @@ class Graph:
         self.phase = phase
         self.clamped = clamped
         self._driven: list[tuple[Tensor, Tensor]] = []
+        self._placed = [True] * len(outputs)
         self._place_vertices(outputs)
 
     def drive_outputs(self, gradients: Sequence[Tensor | None]) -> None:
@@ -86,7 +88,9 @@ class Graph:
         """
         pairs = zip(self.outputs, gradients, strict=True)
         self._driven = [(output, gradient) for output, gradient in pairs if gradient is not None]
-        if len(self._driven) < len(self.outputs):
+        driven = [gradient is not None for gradient in gradients]
+        if driven != self._placed:
+            self._placed = driven
             self._place_vertices([output for output, _ in self._driven])
 
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
@@ -181,7 +185,8 @@ class Graph:
         pushed = [*(self._driven if driven else ()), *((v.output, x) for v, x in states.items())]
         self.phase.updating = updating
         try:
-            return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
+            with _without_hooks(wanted):
+                return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
         finally:
             self.phase.updating = False
 
@@ -198,17 +203,25 @@ def _vector_jacobian_product(
         return (None,) * len(onto)
     outputs = tuple([tensor for tensor, _ in pushed])
     states = tuple([x if x.dtype == tensor.dtype else x.to(tensor.dtype) for tensor, x in pushed])
-    # A hook on a parameter (gradient clipping, logging) is there for the final gradient, which PyTorch shows it later;
-    # here it would also run on what is taken in between.
-    hooked = [hooks for t in onto if (hooks := t._backward_hooks)]
+    gradients: Gradients = _engine_run_backward(
+        outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
+    )
+    return gradients
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Sets aside the hooks of parameters and inputs.
+
+    They are there (to clip, to log) for the final gradient, which PyTorch shows them later; they would also run on what
+    is taken in between.
+    """
+    hooked = [hooks for t in tensors if (hooks := t._backward_hooks)]
     aside = [dict(hooks) for hooks in hooked]
     for hooks in hooked:
         hooks.clear()
     try:
-        gradients: Gradients = _engine_run_backward(
-            outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
-        )
-        return gradients
+        yield
     finally:
         for hooks, own in zip(hooked, aside, strict=True):
             hooks.update(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,7 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
         found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
     else:
         names = {m: name or type(m).__name__ for name, m in module.named_modules()}
-        if not isinstance(vertices, Iterable) or (isinstance(vertices, nn.Module) and vertices not in names):
+        if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
             raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
         found = {}
         for submodule in vertices:
@@ -62,8 +63,10 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether the module is of a class that is defined in a file of activations."""
-    return _defines_activations(type(module).__module__) and not isinstance(module, nn.MultiheadAttention)
+    """Whether the module's class, or one that it derives from, is defined in a file of activations."""
+    return any(_defines_activations(c.__module__) for c in type(module).__mro__) and not isinstance(
+        module, nn.MultiheadAttention
+    )
 
 
 @cache
@@ -130,6 +133,9 @@ class Recorder:
         """
         return _Pass(self, vertices).run(module, args, kwargs or {})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"known": set()}  # ids mean nothing in a copy
+
     def check_trained(self, module: nn.Module, leaves: Mapping[int, Tensor]) -> None:
         """Refuse leaf tensors that are no parameters: no gradient could reach them."""
         if leaves.keys() <= self.known:
@@ -176,8 +182,16 @@ class _Pass:
             for handle in handles:
                 handle.remove()
         if self.recorder.output == "relaxed":
-            result = map_tensors(lambda x: self._vertex(x, "output", "output"), result)
+            part = itertools.count()
+            result = map_tensors(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
         outputs = [self._leaf(x) for x in tensors_requiring_grad(result)]
+        if outputs and not self.calls:
+            warnings.warn(
+                f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
+                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
+                "vertices='modules' or the submodules whose outputs should relax",
+                stacklevel=5,
+            )
         overwritten = self.recorder.overwritten
         for handed in self.handed_on.values():
             overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
@@ -219,10 +233,8 @@ class _Pass:
         return self._hand_on(leaf, origin)
 
     def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
-        overwritten = self.recorder.overwritten.get(origin)
-        if overwritten is None:
-            leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
-        tensor = leaf if overwritten is False else leaf.clone()
+        leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+        tensor = leaf.clone() if self.recorder.overwritten.get(origin, True) else leaf
         self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
         return tensor
 

@@ -121,13 +121,13 @@ class Euler(Solver):
         steps, reached = 0, False
         earliest = math.inf
         if self.tolerance is not None and graph.depth:
-            earliest = steps_to_converge(graph.depth, self.step_size, self.tolerance, order=self.order)
+            earliest = steps_to_converge(graph.depth, float(self.step_size), self.tolerance, order=self.order)
         for following, drive in self.trajectory(graph, source, initial):
             previous, states, steps = states, following, steps + 1
             reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
             if reached or steps == self.num_steps:
                 break
-        hops = discrete_hops(graph.depth, self.step_size, steps, self.order)
+        hops = discrete_hops(graph.depth, float(self.step_size), steps, self.order)
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
 
@@ -144,14 +144,14 @@ class Euler(Solver):
         if self.order == "asynchronous":
             chosen = (torch.rand(len(updated)) < UPDATE_PROBABILITY).tolist()
             updated = [v for v, update in zip(updated, chosen, strict=True) if update]
-        return states | {v: torch.lerp(states[v], drive[v], self.step_size) for v in updated}, drive
+        return states | {v: torch.lerp(states[v], drive[v], float(self.step_size)) for v in updated}, drive
 
     def _sequential_step(self, graph: Graph, source: States, states: States) -> tuple[States, States]:
         drive: States = {}
 
         def settle(vertex: Vertex, arriving: Tensor) -> Tensor:
             drive[vertex] = arriving
-            return torch.lerp(states[vertex], arriving, self.step_size)
+            return torch.lerp(states[vertex], arriving, float(self.step_size))
 
         return graph.sweep(source, settle), drive
 

@@ -261,7 +261,7 @@ def test_diagnostics() -> None:
             diagnose(wrap(), lambda y: y, x)
         with refuses(TypeError, "loss_fn", "scalar", "float"):
             diagnose(wrap(), lambda y: 3.0, x)
-    for solver in (Equilibrium(), Continuous(), Euler(order="asynchronous")):
+    for solver in (Equilibrium(), Continuous()):
         with refuses(ValueError, "solver", "Euler("):
             convergence(wrap(solver=solver), squares, x)
 

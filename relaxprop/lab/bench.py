@@ -6,9 +6,12 @@ The steps of all rules alternate, so that a slow spell of the machine falls on a
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,7 +164,10 @@ def _peak_bytes(step: Step, device: torch.device | str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return int(torch.cuda.max_memory_allocated(device)) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        _quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         step()
     allocated = peak = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
@@ -169,3 +175,18 @@ def _peak_bytes(step: Step, device: torch.device | str) -> int:
             allocated += event.nbytes()
             peak = max(peak, allocated)
     return peak
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Without what the profiler's C++ side prints when it starts and stops."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

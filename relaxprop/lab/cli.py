@@ -59,11 +59,14 @@ def train(
     dataset: DatasetOption = "digits",
     model: ModelOption = "mlp",
     rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
-    solver: Annotated[SolverName, typer.Option(help="How the relaxation phase is integrated.")] = "closed-form",
+    solver: Annotated[
+        SolverName | None, typer.Option(help="How the relaxation phase is integrated. (default: closed-form)")
+    ] = None,
     step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. (default: 0.1)")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. (default: 100)")] = None,
     order: Annotated[
-        Order | None, typer.Option(help="Order of updates; closed-form, euler. (default: simultaneous)")
+        Order | None,
+        typer.Option(help="Order of updates; closed-form, euler (asynchronous: euler only). (default: simultaneous)"),
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Stop early at this residual; euler.")] = None,
     duration: Annotated[float | None, typer.Option(help="Time T; continuous. (default: 10)")] = None,
@@ -96,6 +99,7 @@ def train(
     )
     records.check_writable(runs)
     loaded = data.load(dataset, data_dir)
+    config = config.model_copy(update={"data": loaded.digest})
 
     def show(metrics: EpochMetrics) -> None:
         console.print(
@@ -107,7 +111,8 @@ def train(
     path = runs / config.id
     with _kept(f"the finished epochs are in {path}"):
         metrics = train_network(config, loaded, root=runs, device=_device(device), on_epoch=show)
-    console.print(f"test accuracy {100 * metrics[-1].test_accuracy:.2f} % after {epochs} epochs; the run is in {path}")
+    accuracy = 100 * metrics[-1].test_accuracy
+    console.print(f"test accuracy {accuracy:.2f} % after {epochs} epochs; the run is in {path}", soft_wrap=True)
 
 
 @app.command()
@@ -125,11 +130,12 @@ def reproduce(
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures."""
     with _usage_errors("--epochs"):
-        configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
+        figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
     folder = out or Path("figures") / f"{figure}-{dataset}"
     for written in (runs, folder):
         records.check_writable(written)
     loaded = data.load(dataset, data_dir)
+    configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs, data=loaded.digest)
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     with _kept(kept), _progress() as progress:
         task = progress.add_task("", total=epochs * len(configs))
@@ -150,7 +156,10 @@ def reproduce(
         shown.add_row(*row)
     console.print(shown)
     difference = figures.paired_difference(rows)
-    console.print(f"Activation Relaxation − backpropagation, seed by seed: {difference} points (n = {difference.n})")
+    console.print(
+        f"Activation Relaxation − backpropagation, seed by seed: {difference} points (n = {difference.n})",
+        soft_wrap=True,
+    )
     console.print("cost: median time of a training epoch relative to backpropagation's")
     _print_paths(paths)
 
@@ -209,14 +218,17 @@ def bench(
 ) -> None:
     """Measure a training step: time and peak memory relative to backpropagation."""
     if json is not None:
+        if json.is_dir():
+            raise typer.BadParameter(f"{json} is a folder, name a file", param_hint="--json")
         records.check_writable(json.parent)
+    on_device = _device(device)
     with _kept("nothing was measured to the end"), _progress() as progress:
         task = progress.add_task("interleaved steps", total=rounds)
         measured = benchmark.run(
             model,
             rounds=rounds,
             batch_size=batch_size,
-            device=_device(device),
+            device=on_device,
             command=_command(),
             on_round=lambda: progress.advance(task),
         )
@@ -236,8 +248,12 @@ def bench(
             f"{cost.memory_ratio:.2f}×",
         )
     console.print(shown)
-    console.print("time: median over the rounds of the ratio to backpropagation's step in the same round")
-    console.print("memory: most that is allocated at one time in a step, its ratio to backpropagation's")
+    console.print(
+        "time: median over the rounds of the ratio to backpropagation's step in the same round", soft_wrap=True
+    )
+    console.print(
+        "memory: most that is allocated at one time in a step, its ratio to backpropagation's", soft_wrap=True
+    )
     if json is not None:
         records.write_atomically(json, measured.model_dump_json(indent=2) + "\n")
         _print_paths([json])
@@ -258,7 +274,10 @@ def _options(
     pass
 
 
-def _run_config(solver_options: dict[str, Any], **values: Any) -> RunConfig:
+def _run_config(solver_options: dict[str, Any], *, solver: SolverName | None, **values: Any) -> RunConfig:
+    if values["rule"] == "backprop" and solver is not None:
+        raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint="--solver")
+    values["solver"] = solver or "closed-form"
     kind = SOLVERS[values["solver"]]
     known = kind.__dataclass_fields__
     for name in solver_options:
@@ -269,8 +288,10 @@ def _run_config(solver_options: dict[str, Any], **values: Any) -> RunConfig:
             raise typer.BadParameter(
                 f"it has no effect with --solver {values['solver']}, leave it out", param_hint=flag
             )
-    with _usage_errors("--solver"):
+    try:
         kind(**solver_options)
+    except (TypeError, ValueError) as error:  # its first word is the option's name
+        raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0].replace('_', '-')}") from error
     with _usage_errors("--solver"):
         return RunConfig(solver_options=solver_options, **values)
 
@@ -320,13 +341,9 @@ def _kept(what: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """The command ``relaxprop``."""
+    """Runs the command line; errors of data and results end it with status 1 and one line."""
     try:
         app()
     except (DataError, OutputError, NonFiniteStateError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

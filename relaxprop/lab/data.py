@@ -7,9 +7,10 @@ schema.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,6 +56,16 @@ class Dataset:
     def image_shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         return tuple(self.train.images.shape[1:])
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells data sets of the same name apart: a subset from the whole, say."""
+        content = hashlib.sha256()
+        for split in (self.train, self.test):
+            for tensor in (split.images, split.labels):
+                content.update(str(tuple(tensor.shape)).encode())
+                content.update(tensor.cpu().numpy().tobytes())
+        return content.hexdigest()[:10]
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same on another device."""
@@ -117,7 +128,7 @@ def _from_folder(name: str, folder: Path) -> Dataset:
         except (OSError, ValueError, TypeError, SyntaxError) as error:  # SyntaxError: pillow, of a broken PNG
             raise DataError(
                 f"{path} cannot be read, it is damaged or incomplete or no image data set: "
-                f"{type(error).__name__}: {error}. Fetch the file again"
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Fetch the file again"
             ) from error
     return _assemble(name, splits)
 

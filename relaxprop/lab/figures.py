@@ -30,9 +30,13 @@ RULE_NAMES: dict[Rule, str] = {"ar": "Activation Relaxation", "backprop": "Backp
 STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
 
 
-def demo_runs(dataset: DatasetName, *, seeds: int, epochs: int) -> list[RunConfig]:
+def demo_runs(dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None) -> list[RunConfig]:
     """Activation Relaxation beside backpropagation: per seed the same initial weights and minibatches."""
-    return [RunConfig(dataset=dataset, rule=rule, seed=seed, epochs=epochs) for seed in range(seeds) for rule in RULES]
+    return [
+        RunConfig(dataset=dataset, data=data, rule=rule, seed=seed, epochs=epochs)
+        for seed in range(seeds)
+        for rule in RULES
+    ]
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def write_demo(runs: Sequence[FinishedRun], dataset: Dataset, folder: Path, comm
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
-    title = f"{dataset.name}, MLP, n = {rows[0].accuracies[-1].n} seeds"
+    n = rows[0].accuracies[-1].n
+    title = f"{dataset.name}, MLP, n = {n} seed{'s' if n > 1 else ''}"
     curves = [(RULE_NAMES[row.rule], row.accuracies) for row in rows]
     figures = [
         plots.learning_curves(curves, title, folder / "accuracy.png"),
@@ -184,7 +189,8 @@ def _accuracy_csv(rows: Sequence[Row]) -> str:
     writer.writerow(("rule", "epoch", "test_accuracy", "standard_error", "n"))
     for row in rows:
         for epoch, mean in enumerate(row.accuracies, 1):
-            writer.writerow((row.rule, epoch, f"{mean.mean:.6f}", f"{mean.standard_error:.6f}", mean.n))
+            error = "" if mean.n == 1 else f"{mean.standard_error:.6f}"
+            writer.writerow((row.rule, epoch, f"{mean.mean:.6f}", error, mean.n))
     return text.getvalue()
 
 

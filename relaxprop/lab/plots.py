@@ -30,10 +30,12 @@ def learning_curves(curves: Sequence[tuple[str, Sequence[Mean]]], title: str, pa
         mean = 100 * np.array([m.mean for m in means])
         error = 100 * np.nan_to_num([m.standard_error for m in means])
         # Equal curves lie on one another: the later one is dashed so that both show.
-        axes.plot(epochs, mean, "-" if i == 0 else "--", color=COLOURS[i], label=label, marker="o", markersize=3)
+        axes.plot(
+            epochs, mean, "-" if i == 0 else "--", color=COLOURS[i], label=label, marker="o", markersize=5 - 2 * i
+        )
         axes.fill_between(epochs, mean - error, mean + error, color=COLOURS[i], alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", title="mean, band: standard error")
     return _save(figure, path)

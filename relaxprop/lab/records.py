@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from relaxprop.lab.data import DatasetName
@@ -51,6 +53,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dataset: DatasetName = "digits"
+    data: str | None = None  # the data set's digest
     model: ModelName = "mlp"
     rule: Rule = "ar"
     solver: SolverName = "closed-form"
@@ -85,7 +88,7 @@ class RunConfig(BaseModel):
 class EpochMetrics(BaseModel):
     """What is measured after an epoch."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # a loss may diverge
 
     epoch: int
     train_loss: float  # per sample: squared error summed over outputs, averaged over the epoch
@@ -108,10 +111,12 @@ class Record:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
+            finished = self._finished_epochs()
+            if len(finished) < self.config.epochs:
+                write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
             if not (self.path / "environment.json").exists():
                 write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            return self._finished_epochs()
+            return finished
         except OSError as error:
             raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
 
@@ -119,19 +124,21 @@ class Record:
         metrics, weights = self.path / "metrics.jsonl", self.path / "checkpoint.safetensors"
         if not metrics.exists() or not weights.exists():
             return []
-        lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
-        return lines[: _checkpoint_epoch(weights)]
+        try:
+            lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
+            return lines[: _checkpoint_epoch(weights)]
+        except (ValueError, SafetensorError) as error:
+            raise OutputError(
+                f"the run in {self.path} is damaged ({str(error).splitlines()[0]}): delete that folder to compute it "
+                "again"
+            ) from error
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights after the last finished epoch."""
-        from safetensors.torch import load_file
-
         model.load_state_dict(load_file(self.path / "checkpoint.safetensors"))
 
     def save(self, metrics: list[EpochMetrics], model: nn.Module) -> None:
         """Keeps a finished epoch."""
-        from safetensors.torch import save_file
-
         try:
             text = "".join(line.model_dump_json() + "\n" for line in metrics)
             write_atomically(self.path / "metrics.jsonl", text)
@@ -145,17 +152,23 @@ class Record:
 
 
 def _checkpoint_epoch(path: Path) -> int:
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         return int(file.metadata()["epoch"])
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either whole or not there."""
+    """Writes a file that is either whole or not there.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -170,7 +183,7 @@ def check_writable(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write to the folder {folder} ({error.strerror or error}): name another") from error
 
 
 def environment() -> dict[str, Any]:

@@ -66,6 +66,7 @@ def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: RunConfig, epoch: int
 ) -> float:
     """One pass over the training data; the mean loss per sample."""
+    torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
     model.train()
     targets = functional.one_hot(dataset.train.labels, len(dataset.classes)).to(dataset.train.images.dtype)
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
@@ -86,10 +87,13 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 def minibatches(size: int, config: RunConfig, epoch: int) -> Iterator[Tensor]:
     """Row numbers, shuffled anew in every epoch; the same for every learning rule and after a resumption."""
-    seed = int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(_seed(config, epoch)))
     for start in range(0, size, config.batch_size):
         yield order[start : start + config.batch_size]
+
+
+def _seed(config: RunConfig, epoch: int) -> int:
+    return int(np.random.SeedSequence((config.seed, epoch)).generate_state(1)[0])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from relaxprop.__main__ import main as command
 from relaxprop.lab import cli, figures
 from relaxprop.lab.cli import app, main
 
@@ -54,7 +55,10 @@ def test_help_and_version() -> None:
         (("train", "--rule", "hebb"), ("'--rule'", "hebb", "ar", "backprop")),
         (("train", "--solver", "magic"), ("'--solver'", "closed-form", "euler", "continuous", "equilibrium")),
         (("train", "--order", "random"), ("'--order'", "simultaneous", "sequential", "asynchronous")),
-        (("train", "--step-size", "2"), ("step_size must be in (0, 2)", "got 2.0")),
+        (("train", "--step-size", "2"), ("--step-size", "step_size must be in (0, 2)", "got 2.0")),
+        (("train", "--order", "asynchronous"), ("--order", "'simultaneous', 'sequential'", "'asynchronous'")),
+        (("train", "--rule", "backprop", "--solver", "euler"), ("--solver", "no effect", "backprop")),
+        (("bench", "--json", "/"), ("--json", "is a folder")),
         (("train", "--num-steps", "0"), ("num_steps must be at least 1, got 0",)),
         (("train", "--num-steps", "many"), ("'--num-steps'", "valid integer")),
         (("train", "--solver", "equilibrium", "--step-size", "0.5"), ("--step-size", "no effect", "equilibrium")),
@@ -105,6 +109,14 @@ def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
         assert error.startswith("error: cannot write to the folder")
         assert error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_without_the_lab_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "relaxprop.lab.cli", None)
+    with pytest.raises(SystemExit, match=r"pip install 'relaxprop\[lab\]'"):
+        command()
 
 
 def test_train_says_what_it_did_and_where_it_is(tmp_path: Path) -> None:
@@ -163,7 +175,7 @@ def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
 
 
 def test_control_c_stops_at_once_and_keeps_finished_epochs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "relaxprop.lab.cli", "train", "--epochs", "100000"]
+    command = [sys.executable, "-m", "relaxprop", "train", "--epochs", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert process.stdout is not None
     assert "epoch   1/100000" in process.stdout.readline()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,9 @@ class StopHereError(Exception):
     pass
 
 
-def test_an_interrupted_run_resumes_to_identical_metrics(digits: Dataset, tmp_path: Path) -> None:
-    config = small(4)
+@pytest.mark.parametrize("order", ["simultaneous", "asynchronous"])
+def test_an_interrupted_run_resumes_to_identical_metrics(digits: Dataset, tmp_path: Path, order: str) -> None:
+    config = small(4, solver="euler", solver_options={"num_steps": 5, "order": order})
 
     def interrupt(metrics: EpochMetrics) -> None:
         if metrics.epoch == 2:
@@ -157,6 +159,33 @@ def test_a_diverged_run_keeps_its_finished_epochs(
     with pytest.raises(NonFiniteStateError):
         train(small(3), digits, root=tmp_path)
     assert len(Record(small(3), tmp_path).open()) == 1
+
+
+def test_a_run_that_diverges_without_an_error_keeps_its_metrics(digits: Dataset, tmp_path: Path) -> None:
+    config = small(2, rule="backprop", learning_rate=10.0)
+    assert not math.isfinite(train(config, digits, root=tmp_path)[-1].train_loss)
+    assert len(train(small(3, rule="backprop", learning_rate=10.0), digits, root=tmp_path)) == 3
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint.safetensors"])
+def test_a_damaged_run_is_named_with_the_way_out(digits: Dataset, tmp_path: Path, name: str) -> None:
+    train(small(1), digits, root=tmp_path)
+    path = tmp_path / small(1).id / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(OutputError, match=r"is damaged .*delete that folder"):
+        train(small(1), digits, root=tmp_path)
+
+
+def test_other_data_are_another_run(digits: Dataset) -> None:
+    other = Dataset(digits.name, digits.classes, digits.test, digits.train)
+    assert digits.digest != other.digest
+    assert small(data=digits.digest).id != small(data=other.digest).id
+
+
+def test_a_shorter_run_leaves_the_longer_ones_description(digits: Dataset, tmp_path: Path) -> None:
+    train(small(2), digits, root=tmp_path)
+    train(small(1), digits, root=tmp_path)
+    assert json.loads((tmp_path / small(1).id / "config.json").read_text())["epochs"] == 2
 
 
 def test_a_folder_that_cannot_be_written_is_named(digits: Dataset, tmp_path: Path) -> None:

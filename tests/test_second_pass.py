@@ -1,0 +1,182 @@
+"""Nothing of one pass leaks into the next, and nothing of a part of a graph into the whole."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler
+from relaxprop.solvers import Solver
+from tests.helpers import (
+    PROBLEMS,
+    STOPPED_EARLY,
+    Problem,
+    assert_same,
+    assert_same_gradients,
+    backward,
+    gradients,
+    mlp,
+    squares,
+)
+
+
+@pytest.mark.parametrize("solver", STOPPED_EARLY, ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_later_passes_are_like_the_first(problem: Problem, solver: Solver) -> None:
+    """The first pass hands on copies, later ones do not: the gradient must not tell."""
+    module, inputs = problem.build()
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    model = ActivationRelaxation(module, solver=solver, vertices=problem.vertices)
+    found = []
+    for _ in range(3):
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        torch.manual_seed(2)
+        found.append(gradients(model, inputs, problem.loss))
+    assert_same_gradients(found[1], found[0])
+    assert_same_gradients(found[2], found[0])
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.act, self.deep, self.a, self.b = (
+            nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.act(self.trunk(x))
+        return self.a(self.act(self.deep(h))), self.b(h)
+
+
+@pytest.mark.parametrize(
+    "solver", [ClosedForm(0.9, 200), Euler(0.9, 200), Euler(0.9, 200, order="sequential")], ids=str
+)
+def test_the_loss_of_one_head_and_then_of_both(solver: Solver) -> None:
+    """One recorded pass serves several losses (retain_graph), whichever outputs they depend on."""
+    module, x = TwoHeads().double(), torch.randn(5, 3).double()
+    parameters = list(module.parameters())
+    found: list[tuple[Tensor | None, ...]] = []
+    expected: list[tuple[Tensor | None, ...]] = []
+    for model, gathered in ((ActivationRelaxation(module, solver=solver), found), (module, expected)):
+        ya, yb = model(x)
+        for loss in (squares(ya), squares(ya) + squares(yb), squares(yb), squares(yb) * 2 + squares(ya)):
+            gathered.append(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    for actual, exact in zip(found, expected, strict=True):
+        for g, b in zip(actual, exact, strict=True):
+            assert (g is None) == (b is None)
+            if g is not None:
+                assert_same(g, b)
+
+
+def test_a_kept_activity_is_refused_in_every_pass() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.act(self.below(x))
+            output: Tensor = self.above(self.kept)
+            return output
+
+    module, x = Keeps(), torch.randn(2, 3)
+    model = ActivationRelaxation(module)
+    for _ in range(2):
+        backward(squares(model(x)))
+    loss = squares(model(x)) + squares(module.kept)
+    with pytest.raises(RuntimeError, match="return it from the model"):
+        backward(loss)
+
+
+def test_a_hook_on_an_activity_acts_in_every_pass() -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.below(x))
+            h.register_hook(lambda g: 2 * g)
+            output: Tensor = self.above(h)
+            return output
+
+    module, x = Hooked().double(), torch.randn(2, 3).double()
+    expected = gradients(module, (x,))
+    model = ActivationRelaxation(module, solver=ClosedForm(1.0, 5))
+    for _ in range(3):
+        assert_same_gradients(gradients(model, (x,)), expected)
+
+
+def test_a_model_that_calls_none_of_its_vertices_is_told_so() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.act = nn.Linear(3, 2), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    model = ActivationRelaxation(Functional())
+    with pytest.warns(UserWarning, match="none of the vertices .act, …. was called.*vertices='modules'"):
+        model(torch.randn(2, 3))
+
+
+def test_a_subclass_of_an_activation_is_a_vertex() -> None:
+    class Mine(nn.Tanh):
+        pass
+
+    model = ActivationRelaxation(nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
+    backward(squares(model(torch.randn(2, 3))))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.vertices == 2
+
+
+def test_vertices_given_as_a_module_list_stay_out_of_the_state() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    module = Layers()
+    larger = nn.Sequential(ActivationRelaxation(module, vertices=module.layers), nn.Linear(3, 1))
+    larger.load_state_dict(larger.state_dict())
+    assert len(larger.state_dict()) == 6
+    with pytest.raises(TypeError, match=r"vertices must be .* got Sequential"):
+        ActivationRelaxation(nn.Sequential(nn.Sequential(nn.Tanh())), vertices=nn.Sequential(nn.Tanh()))
+
+
+def test_half_precision_activities_relax_in_float32() -> None:
+    """Steps of 0.001 are below bfloat16's resolution, so states kept in it would never move."""
+    module, x = mlp(4, 8, 8, 2), torch.randn(16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(
+            ActivationRelaxation(module, solver=ClosedForm(0.001, 700)), (x,), lambda y: squares(y.float())
+        )
+        found = gradients(ActivationRelaxation(module, solver=Euler(0.001, 700)), (x,), lambda y: squares(y.float()))
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert (actual := found[name]) is not None  # noqa: RUF018
+        assert_same(actual.float(), gradient.float(), name, tolerance=5e-2)
+
+
+def test_the_default_says_once_when_a_graph_is_too_deep_for_it() -> None:
+    x = torch.randn(2, 3)
+    deep, shallow = mlp(*[3] * 12), mlp(3, 3, 3)
+    model = ActivationRelaxation(deep)
+    with pytest.warns(UserWarning, match=r"of depth 10, .* pass solver=ClosedForm\(0\.5, \d+\)"):
+        backward(squares(model(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(squares(model(x)))
+        for module, solver in ((deep, ClosedForm(0.1, 100)), (deep, Equilibrium()), (shallow, ClosedForm())):
+            backward(squares(ActivationRelaxation(module, solver=solver)(x)))
+        backward(squares(ActivationRelaxation(shallow)(x)))
