@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# pip with the constraints file: every version installed stands there.
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# pip with the constraints file, for what is installed and for what builds the project: every version stands there.
+PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check install --quiet
 
 .PHONY: demo test lint clean
 
