@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -64,14 +63,16 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
 
 def is_activation(module: nn.Module) -> bool:
     """Whether the module's class, or one that it derives from, is defined in a file of activations."""
-    return any(_defines_activations(c.__module__) for c in type(module).__mro__) and not isinstance(
-        module, nn.MultiheadAttention
-    )
+    kind = type(module)
+    known = _ACTIVATIONS.get(kind)
+    if known is None:
+        homes = {c.__module__.rpartition(".")[2] for c in kind.__mro__}
+        known = bool(homes & {"activation", "activations"}) and not issubclass(kind, nn.MultiheadAttention)
+        _ACTIVATIONS[kind] = known
+    return known
 
 
-@cache
-def _defines_activations(python_module: str) -> bool:
-    return python_module.rpartition(".")[2] in ("activation", "activations")
+_ACTIVATIONS: dict[type[nn.Module], bool] = {}
 
 
 def _has_no_submodules(module: nn.Module) -> bool:
