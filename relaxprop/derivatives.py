@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from relaxprop.variants import Variant, switch_off
+
 M = TypeVar("M", bound=nn.Module)
 
 # Their Jacobian is no f' of each element, or they have parameters that only it reaches.
@@ -79,19 +81,19 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
 
 
 def _set_dropped(activation: Any, relaxation: bool, update: bool) -> None:
-    base = _plain_class(type(activation))
     if relaxation or update:
-        activation.__class__ = _with_dropped(base)
+        _Dropped.switch_on(activation)
         activation.dropped_in_relaxation, activation.dropped_in_update = relaxation, update
     else:
-        activation.__class__ = base
+        switch_off(activation)
         for name in ("dropped_in_relaxation", "dropped_in_update"):
             activation.__dict__.pop(name, None)
 
 
-class _Dropped(nn.Module):
-    """An activation without its derivative. Mixed into the activation's own class."""
+class _Dropped(Variant):
+    """An activation without its derivative."""
 
+    prefix = "Dropped"
     dropped_in_relaxation: bool
     dropped_in_update: bool
 
@@ -120,9 +122,6 @@ class _Dropped(nn.Module):
         dropped = f"dropped derivative in {' and '.join(name for name, value in places.items() if value)}"
         return ", ".join(filter(None, (super().extra_repr(), dropped)))
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_activation, (_plain_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
-
 
 class _EitherWay(torch.autograd.Function):
     """y = f(h); its backward passes the error to h as it is where f' is dropped, and on through f where it is not."""
@@ -138,25 +137,6 @@ class _EitherWay(torch.autograd.Function):
         updating = ctx.phase is not None and ctx.phase.updating
         dropped = ctx.dropped[updating]
         return (gradient, None, None, None, None) if dropped else (None, gradient, None, None, None)
-
-
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _with_dropped(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _KINDS:
-        # The class keeps its place among the activations, so that it stays a vertex.
-        _KINDS[base] = type(f"Dropped{base.__name__}", (_Dropped, base), {"__module__": base.__module__})
-    return _KINDS[base]
-
-
-def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__mro__[2] if issubclass(kind, _Dropped) else kind
-
-
-def _new_activation(base: type[nn.Module]) -> nn.Module:
-    kind = _with_dropped(base)
-    return kind.__new__(kind)
 
 
 def differs_by_phase(module: nn.Module) -> bool:

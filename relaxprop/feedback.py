@@ -27,12 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from relaxprop.variants import Variant, plain_class, switch_off
+
 FeedbackRule = Literal["learned", "random", "sign", "symmetric"]
 RULES: tuple[FeedbackRule, ...] = get_args(FeedbackRule)
 
 M = TypeVar("M", bound=nn.Module)
-_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_SYNAPTIC: tuple[type[nn.Module], ...] = (nn.Linear, *_CONVOLUTIONS)
+_SYNAPTIC: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def use_feedback(module: M, rule: FeedbackRule = "learned") -> M:
@@ -79,7 +80,7 @@ def _why_not(module: nn.Module) -> str | None:
         return "MultiheadAttention reads its layers' weights without calling the layers"
     if not isinstance(module, _SYNAPTIC):
         return None
-    base = _plain_class(type(module))
+    base = plain_class(module)
     if not any(base.forward is kind.forward for kind in _SYNAPTIC):
         return f"{base.__name__} has a forward pass of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
@@ -97,12 +98,11 @@ def _why_not(module: nn.Module) -> str | None:
 def _set_rule(layer: Any, rule: FeedbackRule) -> None:
     for kind in (layer._parameters, layer._buffers):
         kind.pop("feedback", None)
-    base = _plain_class(type(layer))
     if rule == "symmetric":
-        layer.__class__ = base
+        switch_off(layer)
         layer.__dict__.pop("feedback_rule", None)
         return
-    layer.__class__ = _with_feedback(base)
+    _Feedback.switch_on(layer)
     layer.feedback_rule = rule
     if rule in ("learned", "random"):
         weight = layer.weight.detach()
@@ -113,9 +113,10 @@ def _set_rule(layer: Any, rule: FeedbackRule) -> None:
             layer.register_buffer("feedback", start)
 
 
-class _Feedback(nn.Module):
-    """A synaptic layer whose backward goes through its backwards weights. Mixed into the layer's own class."""
+class _Feedback(Variant):
+    """A synaptic layer whose backward goes through its backwards weights."""
 
+    prefix = "Feedback"
     weight: Tensor
     bias: Tensor | None
     feedback: Tensor
@@ -145,27 +146,6 @@ class _Feedback(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, feedback={self.feedback_rule}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new_layer, (_plain_class(type(self)),), self.__getstate__()  # type: ignore[no-untyped-call]
-
-
-def _with_feedback(base: type[nn.Module]) -> Any:
-    if base not in _KINDS:
-        _KINDS[base] = type(f"Feedback{base.__name__}", (_Feedback, base), {"__module__": __name__})
-    return _KINDS[base]
-
-
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return kind.__mro__[2] if issubclass(kind, _Feedback) else kind
-
-
-def _new_layer(base: type[nn.Module]) -> Any:
-    kind = _with_feedback(base)
-    return kind.__new__(kind)
 
 
 class _SharedGradient(torch.autograd.Function):

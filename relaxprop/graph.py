@@ -2,7 +2,7 @@ r"""A forward pass recorded with its graph cut at every vertex.
 
 Each vertex v keeps two tensors of the feedforward pass: ``output``, still attached to what computed it, and
 ``leaf``, a detached alias of the same value that the rest of the model reads. The derivative of the outputs by
-the leaves is then the local Jacobian J, and one call of ``torch.autograd.grad`` applies it on any graph:
+the leaves is then the local Jacobian J, and one call of PyTorch's engine applies it on any graph:
 
     source       s_i = the part of ∂L/∂x_i that reaches i through no other vertex
     transport    (A x)_i = Σ_{j∈Chi(i)} J_ji^T x_j                                   the sum in (1) and (7)

@@ -133,10 +133,11 @@ class ActivationRelaxation(nn.Module):
             )
         if output not in ("clamped", "relaxed"):
             raise ValueError(f"output must be 'clamped' or 'relaxed', got {output!r}")
-        if not isinstance(vertices, str) and (
-            not isinstance(vertices, nn.Module) or isinstance(vertices, nn.ModuleList)
+        # A module in an attribute would be registered as a part of the wrapper; an iterator would be used up.
+        if isinstance(vertices, nn.ModuleList) or (
+            isinstance(vertices, Iterable) and not isinstance(vertices, str | nn.Module)
         ):
-            vertices = tuple(vertices) if isinstance(vertices, Iterable) else vertices
+            vertices = tuple(vertices)
         for name, value in (("check_finite", check_finite), ("measure_residual", measure_residual)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -314,12 +315,16 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
 
 
 def _first_not_finite(states: States) -> str | None:
-    # A finite sum has finite terms: only where it is not, a closer look is needed. All sums are under way before the
-    # first is read, so that a GPU is waited for once.
-    sums = [(v, x, x.sum()) for v, x in states.items()]
-    return next((v.name for v, x, total in sums if not cmath.isfinite(total.item()) and not x.isfinite().all()), None)
+    # All sums are under way before the first is read, so that a GPU is waited for once.
+    sums = [(v.name, x, x.sum()) for v, x in states.items()]
+    return next((name for name, x, total in sums if _overflows(x, total)), None)
 
 
 def _refuse_overflow(vertex: str, x: Tensor) -> None:
-    if not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
+    if _overflows(x, x.sum()):
         raise NonFiniteStateError(vertex, None)
+
+
+def _overflows(x: Tensor, total: Tensor) -> bool:
+    # A finite sum has finite terms: only where it is not, a closer look is needed.
+    return not cmath.isfinite(total.item()) and not bool(x.isfinite().all())
