@@ -3,6 +3,7 @@
 from relaxprop.derivatives import drop_derivatives
 from relaxprop.diagnostics import Alignment, Convergence, alignment, convergence
 from relaxprop.feedback import use_feedback
+from relaxprop.frozen import Frozen
 from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
@@ -17,6 +18,7 @@ __all__ = [
     "Convergence",
     "Equilibrium",
     "Euler",
+    "Frozen",
     "NonFiniteStateError",
     "Relaxation",
     "alignment",

@@ -38,6 +38,15 @@ class Phase:
     updating: bool = False
     differs: bool = False
 
+    @contextmanager
+    def update(self, updating: bool) -> Iterator[None]:
+        """Within it, what is taken is the weight update, if so."""
+        self.updating = updating
+        try:
+            yield
+        finally:
+            self.updating = False
+
 
 current_phase: ContextVar[Phase | None] = ContextVar("current_phase", default=None)
 

@@ -23,7 +23,7 @@ from relaxprop.feedback import symmetric
 from relaxprop.graph import Graph, States
 from relaxprop.recording import find_vertices, map_tensors
 from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import Euler, Solver, add
+from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
 
 LossFunction = Callable[[Any], Tensor]
@@ -142,8 +142,7 @@ def convergence(
 
 def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: dict[str, Tensor]) -> Convergence:
     """The curves of a graph whose outputs are driven, for parameters by name and backpropagation's gradients."""
-    source = graph.source()
-    initial = graph.initial_states(source)
+    initial = graph.initial_states()
     scale = {name: float(_numbers(exact[name]).norm()) for name in parameters}
 
     def gradients(states: States, driven: bool) -> dict[str, Tensor]:
@@ -151,18 +150,18 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 
     measured: dict[str, list[float]] = {name: [] for name in parameters}
-    followed = (states for states, _ in euler.trajectory(graph, source, initial))
+    followed = (states for states, _ in euler.trajectory(graph, initial))
     for states in (initial, *islice(followed, euler.num_steps)):
         for name, g in gradients(states, True).items():
             measured[name].append(float(_numbers(g - exact[name]).norm()) / scale[name])
 
     # x_n − x* = Σ_k c_k A^k (x̄ − x*), so a Gram matrix of the D contributions holds every norm for all n.
-    difference = {v: initial[v] - x for v, x in graph.sweep(source, lambda _, arriving: arriving).items()}
+    difference = {v: initial[v] - x for v, x in graph.sweep(lambda _, arriving: arriving).items()}
     contributions: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(graph.depth):
         for name, g in gradients(difference, False).items():
             contributions[name].append(_numbers(g))
-        difference = add(graph, graph.transport(difference), {})
+        difference = graph.transport(difference)
     c = np.stack(
         [discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in range(euler.num_steps + 1)]
     )

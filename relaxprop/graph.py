@@ -8,8 +8,8 @@ the leaves is then the local Jacobian J, and one call of PyTorch's engine applie
     transport    (A x)_i = Σ_{j∈Chi(i)} J_ji^T x_j                                   the sum in (1) and (7)
     gradients    ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j, over the vertices that read W           equation (2)
 
-all of them at the frozen feedforward pass. ``States`` map a vertex to a tensor of the vertex's shape; a vertex
-that is absent counts as zero.
+all of them at a `Linearisation`: the feedforward pass, or, for what is not frozen, the model run again at the current
+states. ``States`` map a vertex to a tensor of the vertex's shape; a vertex that is absent counts as zero.
 Source: Millidge et al., arXiv 2010.06219, section 2 and Appendix A.
 """
 
@@ -18,14 +18,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 from relaxprop.derivatives import Phase
+from relaxprop.frozen import ALL_FROZEN, Frozen
 
 
 class Vertex:
@@ -53,16 +55,34 @@ _AccumulateGrad: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)
 Gradients = tuple[Tensor | None, ...]
 
 
+@dataclass(frozen=True)
+class Linearisation:
+    """One run of the model, its graph cut at every vertex: where Jacobians are taken.
+
+    Attributes:
+        cuts: by vertex of the feedforward pass, the vertex in this run.
+        outputs: the tensors of the model's result that require grad.
+        layers: what the modules with parameters of their own returned, in the order of their calls; recorded where the
+            update is split.
+    """
+
+    cuts: Mapping[Vertex, Vertex]
+    outputs: Sequence[Tensor]
+    layers: Sequence[GradientEdge] = ()
+
+
 class Graph:
     """A recorded forward pass.
 
     Args:
-        recorded: the vertices in the order of the feedforward pass.
-        outputs: the tensors of the model's result that require grad.
+        stored: the feedforward pass; its vertices in their order.
         phase: tells the pass's dropped derivatives whether (1) or (2) is taken.
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
+        frozen: what is taken at the feedforward pass, and what at the current states.
+        rerun: runs the model again with every vertex set to its state; needed where something is not frozen.
 
     Attributes:
+        recorded: the vertices in the order of the feedforward pass.
         vertices: those that the driven outputs depend on (at first: that any output depends on), those with fewer
             vertices upstream first.
         depth: D, the number of vertices on the longest path.
@@ -70,15 +90,25 @@ class Graph:
     """
 
     def __init__(
-        self, recorded: Sequence[Vertex], outputs: Sequence[Tensor], phase: Phase, *, clamped: bool = True
+        self,
+        stored: Linearisation,
+        phase: Phase,
+        *,
+        clamped: bool = True,
+        frozen: Frozen = ALL_FROZEN,
+        rerun: Callable[[States], Linearisation] | None = None,
     ) -> None:
-        self.recorded = recorded
-        self.outputs = outputs
+        self.stored = stored
+        self.recorded = list(stored.cuts)
+        self.outputs = stored.outputs
         self.phase = phase
         self.clamped = clamped
-        self._driven: list[tuple[Tensor, Tensor]] = []
-        self._placed = [True] * len(outputs)
-        self._place_vertices(outputs)
+        self.frozen = frozen
+        self.rerun = rerun
+        self._output_gradients: Sequence[Tensor | None] = [None] * len(self.outputs)
+        self._source: States | None = None
+        self._placed = [True] * len(self.outputs)
+        self._place_vertices(self.outputs)
 
     def drive_outputs(self, gradients: Sequence[Tensor | None]) -> None:
         """Set ∂L/∂(outputs).
@@ -86,12 +116,15 @@ class Graph:
         A vertex that the loss does not depend on is no part of the loss's computation graph: it does not relax,
         and what is above it gets no gradient, as in backpropagation.
         """
-        pairs = zip(self.outputs, gradients, strict=True)
-        self._driven = [(output, gradient) for output, gradient in pairs if gradient is not None]
+        self._output_gradients = gradients
+        self._source = None
         driven = [gradient is not None for gradient in gradients]
         if driven != self._placed:
             self._placed = driven
-            self._place_vertices([output for output, _ in self._driven])
+            self._place_vertices([output for output, _ in self._driven(self.stored)])
+
+    def _driven(self, at: Linearisation) -> list[tuple[Tensor, Tensor]]:
+        return [(y, g) for y, g in zip(at.outputs, self._output_gradients, strict=True) if g is not None]
 
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
@@ -135,35 +168,60 @@ class Graph:
         """The vertices that have at least ``count`` vertices upstream of them."""
         return self.vertices[bisect_left(self.vertices, count, key=_upstream) :]
 
-    def source(self) -> States:
-        """s: what reaches each vertex from ∂L/∂(outputs) through no other vertex."""
-        return self._pull(self._driven, self.vertices)
+    def linearise(self, states: States) -> Linearisation:
+        """Where (1) takes its Jacobians: the feedforward pass, or the current states if its derivative is unfrozen."""
+        return self.stored if self.frozen.relaxation_derivative else self._current(states)
 
-    def initial_states(self, source: States) -> States:
+    def _current(self, states: States) -> Linearisation:
+        assert self.rerun is not None
+        return self.rerun(states)
+
+    def source(self, at: Linearisation | None = None) -> States:
+        """s: what reaches each vertex from ∂L/∂(outputs) through no other vertex."""
+        if at is not None and at is not self.stored:
+            return self._pull(self._driven(at), self.vertices, at)
+        if self._source is None:
+            self._source = self._pull(self._driven(self.stored), self.vertices, self.stored)
+        return self._source
+
+    def initial_states(self) -> States:
         """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
         at ∂L/∂x^L where the output is clamped."""
         states = {v: _at_least_float32(v.leaf.detach()) for v in self.vertices}
         if self.clamped:
-            ends = {id(output) for output, _ in self._driven}
+            ends = {id(output) for output, _ in self._driven(self.stored)}
             if held := [v for v in self.vertices if id(v.leaf) in ends]:
                 read = {above for inputs in self._inputs.values() for above in inputs}
-                states |= {v: source[v] for v in held if v not in read}
+                states |= {v: self.source()[v] for v in held if v not in read}
         return states
 
-    def transport(self, states: States, onto: Sequence[Vertex] | None = None) -> States:
+    def transport(
+        self, states: States, onto: Sequence[Vertex] | None = None, at: Linearisation | None = None
+    ) -> States:
         """A x at the vertices ``onto`` (by default at all): one product with every local Jacobian."""
-        pushed = [(v.output, x) for v, x in states.items()]
-        return self._pull(pushed, self.vertices if onto is None else onto)
+        at = at or self.stored
+        return self._pull(_pushed(states, at), self.vertices if onto is None else onto, at)
 
-    def sweep(self, source: States, settle: Callable[[Vertex, Tensor], Tensor]) -> States:
+    def drive(self, states: States) -> States:
+        """A x + s at every vertex, the Jacobians taken where (1) takes them."""
+        at = self.linearise(states)
+        if at is self.stored:
+            arriving, source = self.transport(states), self.source()
+            for v, s in source.items():
+                arriving[v] = arriving[v] + s if v in arriving else s
+        else:
+            arriving = self._pull([*self._driven(at), *_pushed(states, at)], self.vertices, at)
+        return {v: arriving[v] if v in arriving else v.zeros() for v in self.vertices}
+
+    def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:
         """One pass from the output to the input: ``x_v = settle(v, (A x)_v + s_v)``, with the x already settled."""
         levels = self.levels()
-        arriving = dict(source)
+        arriving = dict(self.source(at))
         states: States = {}
         for height, level in enumerate(levels):
             settled = {v: settle(v, arriving.pop(v) if v in arriving else v.zeros()) for v in level}
             above = [v for higher in levels[height + 1 :] for v in higher]
-            for vertex, x in self.transport(settled, above).items():
+            for vertex, x in self.transport(settled, above, at).items():
                 arriving[vertex] = arriving[vertex] + x if vertex in arriving else x
             states |= settled
         return states
@@ -173,36 +231,100 @@ class Graph:
         states: States,
         wanted: Sequence[Tensor],
         *,
+        at: Linearisation | None = None,
         driven: bool = True,
         updating: bool = True,
         retain_graph: bool = True,
     ) -> Gradients:
-        """(2): the gradients of ``wanted`` given the states; None for a tensor that the loss does not depend on.
+        """(2) at one linearisation: the gradients of ``wanted`` given the states; None for a tensor that the loss does
+        not depend on.
 
         ``driven=False`` leaves out what comes from ∂L/∂(outputs) directly, and with it all but the part linear in the
         states. ``updating=False`` takes the derivatives of the relaxation phase: an input's error, as in (1).
         """
-        pushed = [*(self._driven if driven else ()), *((v.output, x) for v, x in states.items())]
-        self.phase.updating = updating
-        try:
-            with _without_hooks(wanted):
-                return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
-        finally:
-            self.phase.updating = False
+        at = at or self.stored
+        pushed = [*(self._driven(at) if driven else ()), *_pushed(states, at)]
+        with self.phase.update(updating), _without_hooks(wanted):
+            return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
 
-    def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex]) -> States:
-        arrived = _vector_jacobian_product(pushed, [v.leaf for v in onto])
+    def update(
+        self, states: States, inputs: Sequence[Tensor], parameters: Sequence[Tensor], *, retain_graph: bool = True
+    ) -> Gradients:
+        """(2), each factor at the feedforward pass or at the states, as `Frozen` says; before it the inputs' errors,
+        which are the relaxation phase's, as in (1).
+
+        Raises:
+            ValueError: the factors differ and a parameter is read outside of the module that it belongs to.
+        """
+        frozen, stored = self.frozen, self.stored
+        current = stored if frozen == ALL_FROZEN else self._current(states)
+        relaxation = stored if frozen.relaxation_derivative else current
+        derivative = stored if frozen.update_derivative else current
+        activity = stored if frozen.update_activity else current
+        if relaxation is derivative is activity and not self.phase.differs:
+            return self.gradients(states, [*inputs, *parameters], at=activity, retain_graph=retain_graph)
+        errors: Gradients = ()
+        if inputs:
+            errors = self.gradients(states, inputs, at=relaxation, updating=False)
+        if derivative is activity:
+            return errors + self.gradients(states, parameters, at=activity, retain_graph=retain_graph)
+        return errors + self._split_update(states, parameters, derivative, activity)
+
+    def _split_update(
+        self, states: States, parameters: Sequence[Tensor], derivative: Linearisation, activity: Linearisation
+    ) -> Gradients:
+        """(2) as a product of two factors: the errors ``f'(u) ⊙ x`` at what the layers computed, u, from the one
+        linearisation, and ``∂u/∂W``, which holds the presynaptic activity, from the other."""
+        pushed = [*self._driven(derivative), *_pushed(states, derivative)]
+        with self.phase.update(True), _without_hooks(parameters):
+            errors = _vector_jacobian_product(pushed, derivative.layers)
+            self._check_layers(activity, parameters)
+            # What a layer passes on to the layers before it has the activity's derivatives: the errors replace it.
+            with _replaced_gradients(dict(zip(activity.layers, errors, strict=True))):
+                pairs = [(u, e) for u, e in zip(activity.layers, errors, strict=True) if e is not None]
+                return _vector_jacobian_product(pairs, parameters)
+
+    def _check_layers(self, at: Linearisation, parameters: Sequence[Tensor]) -> None:
+        """Refuse parameters that are reached through no layer: where their derivative ends, nobody can say."""
+        trained = {id(p): p for p in parameters}
+        seen: set[Node] = {u.node for u in at.layers}
+        ends = [y for y, _ in self._driven(at)] + [at.cuts[v].output for v in self.vertices]
+        stack = [get_gradient_edge(end).node for end in ends]
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if type(node) is _AccumulateGrad and id(variable := cast(Any, node).variable) in trained:
+                raise ValueError(
+                    f"frozen: a parameter of shape {tuple(variable.shape)} is read outside of a call of the module "
+                    "that it belongs to (as weights tied in a function, or in a module with layers of its own), so the "
+                    "derivative and the presynaptic activity of its update cannot be told apart: freeze or unfreeze "
+                    "update_derivative and update_activity together, or read it in a module of its own"
+                )
+            stack += [above for above, _ in node.next_functions if above is not None]
+
+    def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex], at: Linearisation) -> States:
+        arrived = _vector_jacobian_product(pushed, [at.cuts[v].leaf for v in onto])
         return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
 
 
+def _pushed(states: States, at: Linearisation) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(at.cuts[v].output, x) for v, x in states.items()]
+    return [(output, x if x.dtype == output.dtype else x.to(output.dtype)) for output, x in pairs]
+
+
 def _vector_jacobian_product(
-    pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Tensor], *, retain_graph: bool = True
+    pushed: Sequence[tuple[Tensor | GradientEdge, Tensor]],
+    onto: Sequence[Tensor | GradientEdge],
+    *,
+    retain_graph: bool = True,
 ) -> Gradients:
     """``torch.autograd.grad`` without its checks of arguments, which would cost as much as a small layer."""
     if not pushed or not onto:
         return (None,) * len(onto)
     outputs = tuple([tensor for tensor, _ in pushed])
-    states = tuple([x if x.dtype == tensor.dtype else x.to(tensor.dtype) for tensor, x in pushed])
+    states = tuple([x for _, x in pushed])
     gradients: Gradients = _engine_run_backward(
         outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
     )
@@ -225,6 +347,31 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hooks, own in zip(hooked, aside, strict=True):
             hooks.update(own)
+
+
+@contextmanager
+def _replaced_gradients(gradients: Mapping[GradientEdge, Tensor | None]) -> Iterator[None]:
+    """Within it, whatever gradient arrives at an edge is replaced by the given one; None stands for zero."""
+    by_node: dict[Node, dict[int, Tensor | None]] = {}
+    for edge, gradient in gradients.items():
+        by_node.setdefault(edge.node, {})[edge.output_nr] = gradient
+
+    def hook(own: dict[int, Tensor | None]) -> Callable[[Sequence[Tensor | None]], Any]:
+        def replace(arrived: Sequence[Tensor | None]) -> Any:
+            return tuple([_instead(x, own[i]) if i in own else x for i, x in enumerate(arrived)])
+
+        return replace
+
+    handles = [node.register_prehook(hook(own)) for node, own in by_node.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _instead(arrived: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is not None or arrived is None else torch.zeros_like(arrived)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -6,15 +6,20 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.parametrize import is_parametrized
 
 # PyTorch has no public name for its nested structures; Hugging Face registers its output classes with this one.
 from torch.utils import _pytree as pytree
 
 from relaxprop.derivatives import Phase, current_phase
-from relaxprop.graph import Graph, Vertex
+from relaxprop.frozen import ALL_FROZEN, Frozen
+from relaxprop.graph import Graph, Linearisation, States, Vertex
+from relaxprop.surroundings import Surroundings
 
 Granularity = Literal["activations", "modules"]
 OutputRule = Literal["clamped", "relaxed"]
@@ -103,10 +108,12 @@ class Recorder:
 
     Args:
         output: "clamped" holds the output at ∂L/∂x^L, "relaxed" makes it one more vertex.
+        frozen: what the relaxation phase and the update take from this pass, and what from another at the states.
     """
 
-    def __init__(self, output: OutputRule = "clamped") -> None:
+    def __init__(self, output: OutputRule = "clamped", frozen: Frozen = ALL_FROZEN) -> None:
         self.output = output
+        self.frozen = frozen
         # A model may write in place into what a vertex handed on (ReLU(inplace=True), x += y). Autograd forbids that
         # on a leaf, and it would change x̄. So a module's first outputs are handed on as copies, and if one was written
         # to, the later ones too.
@@ -132,7 +139,7 @@ class Recorder:
             TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
             ValueError: the model read a tensor that requires grad and is neither a parameter nor an input.
         """
-        return _Pass(self, vertices).run(module, args, kwargs or {})
+        return _Pass(self, module, vertices, args, kwargs or {}).record()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"known": set()}  # ids mean nothing in a copy
@@ -152,27 +159,121 @@ class Recorder:
 
 
 class _Pass:
-    """One recorded forward pass."""
+    """One forward pass: the recorded run of the model, and later ones at other activities."""
 
-    def __init__(self, recorder: Recorder, names: Mapping[nn.Module, str]) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        module: nn.Module,
+        names: Mapping[nn.Module, str],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
         self.recorder = recorder
+        self.module = module
         self.names = names
+        self.layers = find_layers(module) if recorder.frozen.splits_update else ()
+        self.phase = Phase()
+        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in
+        self.args = [map_tensors(self._stand_in, x) for x in args]
+        self.kwargs = {name: map_tensors(self._stand_in, x) for name, x in kwargs.items()}
+        self.surroundings: Surroundings | None = None
+        if recorder.frozen != ALL_FROZEN:
+            arguments = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.surroundings = Surroundings(module, arguments)
+
+    def _stand_in(self, x: Tensor) -> Tensor:
+        relaxes = not self.recorder.frozen.input and x.is_floating_point()
+        if not x.requires_grad and not relaxes:
+            return x
+        alias = x.detach().requires_grad_()
+        self.inputs[id(alias)] = x, alias
+        return alias
+
+    def record(self) -> Recording:
+        run = _Run(self)
+        result, outputs = run.call()
+        if self.surroundings is not None:
+            self.surroundings.passed()
+        if outputs and not run.calls:
+            warnings.warn(
+                f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
+                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
+                "vertices='modules' or the submodules whose outputs should relax",
+                stacklevel=5,
+            )
+        overwritten = self.recorder.overwritten
+        for handed in run.handed_on.values():
+            overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
+        self.recorded, self.num_layers = run.vertices, len(run.layers)
+        graph = Graph(
+            Linearisation({v: v for v in run.vertices}, outputs, run.layers),
+            self.phase,
+            clamped=self.recorder.output == "clamped",
+            frozen=self.recorder.frozen,
+            rerun=self.rerun,
+        )
+        inputs = [pair for key, pair in self.inputs.items() if key in graph.read and pair[0].requires_grad]
+        parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
+        self.recorder.check_trained(self.module, parameters)
+        return Recording(
+            graph,
+            result,
+            given=[*(given for given, _ in inputs), *parameters.values()],
+            trained=[*(alias for _, alias in inputs), *parameters.values()],
+            num_inputs=len(inputs),
+        )
+
+    def rerun(self, states: States) -> Linearisation:
+        """The model run again, every vertex set to its state; a vertex without a state keeps its activity.
+
+        Raises:
+            RuntimeError: the model took another path than in the feedforward pass, or what it read has changed.
+        """
+        assert self.surroundings is not None
+        values = [states[v].to(v.leaf.dtype) if v in states else v.leaf for v in self.recorded]
+        run = _Run(self, values)
+        with self.surroundings.restored(), torch.enable_grad():
+            _, outputs = run.call()
+        stored = [(v.name, v.leaf.shape) for v in self.recorded]
+        if [(v.name, v.leaf.shape) for v in run.vertices] != stored or len(run.layers) != self.num_layers:
+            raise RuntimeError(
+                "frozen: run again at the current states, the model called other modules than in the feedforward pass, "
+                "so no Jacobian stands for the same vertex: a model whose path depends on its activities needs "
+                "everything frozen"
+            )
+        return Linearisation(dict(zip(self.recorded, run.vertices, strict=True)), outputs, run.layers)
+
+
+class _Run:
+    """One call of the model, its graph cut at the vertices.
+
+    Args:
+        values: of the vertices in their order; by default what the model computes.
+    """
+
+    def __init__(self, of: _Pass, values: Sequence[Tensor] | None = None) -> None:
+        self.of = of
+        self.values = values
         self.vertices: list[Vertex] = []
+        self.layers: list[GradientEdge] = []
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, _HandedOn] = {}  # by the id of the tensor
-        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in
 
-    def run(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Recording:
-        args = [map_tensors(self._detach_input, x) for x in args]
-        kwargs = {name: map_tensors(self._detach_input, x) for name, x in kwargs.items()}
-        handles = [m.register_forward_hook(self._cut_output) for m in self.names]
-        phase = Phase()
-        token = current_phase.set(phase)
+    def call(self) -> tuple[Any, list[Tensor]]:
+        """The model's result, and the tensors in it that require grad."""
+        of, recorder = self.of, self.of.recorder
+        args = [map_tensors(self._input, x) for x in of.args] if of.inputs else of.args
+        kwargs = {name: map_tensors(self._input, x) for name, x in of.kwargs.items()} if of.inputs else of.kwargs
+        # A layer's output is noted before it is cut, where the layer is a vertex too.
+        handles = [m.register_forward_hook(self._note_layer) for m in of.layers]
+        handles += [m.register_forward_hook(self._cut_output) for m in of.names]
+        token = current_phase.set(of.phase)
         try:
-            result = module(*args, **kwargs)
+            result = of.module(*args, **kwargs)
         except RuntimeError as error:
             if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
-                self.recorder.overwritten.update(dict.fromkeys(self.recorder.overwritten, True))
+                recorder.overwritten.update(dict.fromkeys(recorder.overwritten, True))
                 error.add_note(
                     "the model wrote in place into an activity that it has only read so far; from now on it gets "
                     "copies, so repeat the pass"
@@ -182,41 +283,26 @@ class _Pass:
             current_phase.reset(token)
             for handle in handles:
                 handle.remove()
-        if self.recorder.output == "relaxed":
+        if recorder.output == "relaxed":
             part = itertools.count()
             result = map_tensors(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
-        outputs = [self._leaf(x) for x in tensors_requiring_grad(result)]
-        if outputs and not self.calls:
-            warnings.warn(
-                f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
-                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
-                "vertices='modules' or the submodules whose outputs should relax",
-                stacklevel=5,
-            )
-        overwritten = self.recorder.overwritten
-        for handed in self.handed_on.values():
-            overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
-        graph = Graph(self.vertices, outputs, phase, clamped=self.recorder.output == "clamped")
-        inputs = [pair for key, pair in self.inputs.items() if key in graph.read]
-        parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
-        self.recorder.check_trained(module, parameters)
-        return Recording(
-            graph,
-            result,
-            given=[*(given for given, _ in inputs), *parameters.values()],
-            trained=[*(alias for _, alias in inputs), *parameters.values()],
-            num_inputs=len(inputs),
-        )
+        return result, [self._leaf(x) for x in tensors_requiring_grad(result)]
 
-    def _detach_input(self, x: Tensor) -> Tensor:
-        if not x.requires_grad:
+    def _input(self, x: Tensor) -> Tensor:
+        if id(x) not in self.of.inputs:
             return x
-        alias = x.detach().requires_grad_()
-        self.inputs[id(alias)] = x, alias
-        return self._hand_on(alias, "input")
+        if not self.of.recorder.frozen.input:
+            return self._vertex(x, "input", f"input[{len(self.vertices)}]")
+        return self._hand_on(x, "input")
+
+    def _note_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        # What a module returns of its own parameter is no operation: a view is one.
+        output = map_tensors(lambda x: x.view_as(x) if x.is_leaf and x.requires_grad else x, output)
+        self.layers += [get_gradient_edge(x) for x in tensors_requiring_grad(output)]
+        return output
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        origin = self.names[module]
+        origin = self.of.names[module]
         self.calls[origin] = call = self.calls.get(origin, 0) + 1
         name = origin if call == 1 else f"{origin}#{call}"
         if isinstance(output, Tensor):
@@ -229,13 +315,17 @@ class _Pass:
             return output  # nothing that is trained lies above it
         if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
             return output  # it is a vertex already
-        leaf = output.detach().requires_grad_()
+        value = output
+        if self.values is not None and len(self.vertices) < len(self.values):
+            value = self.values[len(self.vertices)]
+        leaf = value.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, leaf))
         return self._hand_on(leaf, origin)
 
     def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
-        leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
-        tensor = leaf.clone() if self.recorder.overwritten.get(origin, True) else leaf
+        if self.values is None:  # no user ever sees what a later run computes
+            leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+        tensor = leaf.clone() if self.of.recorder.overwritten.get(origin, True) else leaf
         self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
         return tensor
 
@@ -243,6 +333,14 @@ class _Pass:
         """The vertex's own leaf where the output is an untouched copy of it."""
         handed = self.handed_on.get(id(output))
         return output if handed is None or handed.overwritten else handed.leaf
+
+
+def find_layers(module: nn.Module) -> list[nn.Module]:
+    """The modules with parameters of their own; what computes a parametrized weight is part of its layer."""
+    owners = {m for m in module.modules() if is_parametrized(m)}
+    within = {part for owner in owners for part in cast(nn.Module, owner.parametrizations).modules()}
+    owners |= {m for m in module.modules() if any(True for _ in m.parameters(recurse=False))}
+    return [m for m in module.modules() if m in owners - within]
 
 
 class _HandedOn(NamedTuple):

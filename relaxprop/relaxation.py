@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from relaxprop.derivatives import differs_by_phase
+from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Gradients, Graph, States
 from relaxprop.recording import (
     Granularity,
@@ -39,7 +40,7 @@ from relaxprop.recording import (
     map_tensors,
     tensors_requiring_grad,
 )
-from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, add, at_equilibrium
+from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves
 from relaxprop.transients import steps_to_converge
 
 
@@ -92,6 +93,9 @@ class ActivationRelaxation(nn.Module):
             `Euler`, `Continuous`, `Equilibrium`.
         vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
             all modules without submodules), or an iterable of submodules of ``module``.
+        frozen: which feedforward quantities (1) and (2) keep, by default all: the paper's conditions a to d (`Frozen`).
+            Each quantity that is not kept costs forward passes: one per update, and one per step where the
+            relaxation's derivative is not.
         output: "clamped" holds the output at ∂L/∂x^L as in Algorithm 1; "relaxed" lets it relax there like any vertex.
         check_finite: raise `NonFiniteStateError` when a state overflows. False leaves infinities to propagate, as a
             gradient scaler for float16 expects.
@@ -117,6 +121,7 @@ class ActivationRelaxation(nn.Module):
         *,
         solver: Solver = DEFAULT,
         vertices: Granularity | Iterable[nn.Module] = "activations",
+        frozen: Frozen = ALL_FROZEN,
         output: OutputRule = "clamped",
         check_finite: bool = True,
         measure_residual: bool = False,
@@ -131,6 +136,9 @@ class ActivationRelaxation(nn.Module):
                 "solver must be one of ClosedForm(…), Euler(…), Continuous(…), Equilibrium(), "
                 f"got {getattr(solver, '__name__', repr(solver))}"
             )
+        if not isinstance(frozen, Frozen):
+            raise TypeError(f"frozen must be a Frozen(…), got {getattr(frozen, '__name__', repr(frozen))}")
+        check_solves(solver, frozen)
         if output not in ("clamped", "relaxed"):
             raise ValueError(f"output must be 'clamped' or 'relaxed', got {output!r}")
         # A module in an attribute would be registered as a part of the wrapper; an iterator would be used up.
@@ -145,11 +153,12 @@ class ActivationRelaxation(nn.Module):
         self.module = module
         self.solver = solver
         self.vertices = vertices
+        self.frozen = frozen
         self.output = output
         self.check_finite = check_finite
         self.measure_residual = measure_residual
         self.last_relaxation: Relaxation | None = None
-        self._recorder = Recorder(output)
+        self._recorder = Recorder(output, frozen)
         self._warned = False
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
@@ -158,7 +167,8 @@ class ActivationRelaxation(nn.Module):
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         module = self.module
-        if isinstance(self.solver, Equilibrium) and not self.measure_residual and not differs_by_phase(module):
+        plain = self.frozen == ALL_FROZEN and not self.measure_residual and not differs_by_phase(module)
+        if isinstance(self.solver, Equilibrium) and plain:
             return self._reverse_mode(args, kwargs)
         recording = self._recorder.record(module, find_vertices(module, self.vertices), args, kwargs)
         if not recording.graph.outputs:
@@ -191,7 +201,8 @@ class ActivationRelaxation(nn.Module):
     def extra_repr(self) -> str:
         vertices = self.vertices
         names = [vertices] if isinstance(vertices, str) else find_vertices(self.module, vertices).values()
-        return f"solver={self.solver}, vertices={', '.join(names)}, output={self.output}"
+        frozen = "" if self.frozen == ALL_FROZEN else f", frozen={self.frozen}"
+        return f"solver={self.solver}, vertices={', '.join(names)}, output={self.output}{frozen}"
 
     # The wrapper adds no state of its own, so a checkpoint of the plain module fits, and the other way round.
 
@@ -256,7 +267,7 @@ def _relax(
     if wrapper.measure_residual:
         record = replace(record, residuals=_residuals(graph, states))
     wrapper.last_relaxation = record
-    if solver is DEFAULT and record.remaining > UNCONVERGED and not wrapper._warned:
+    if solver is DEFAULT and record.remaining is not None and record.remaining > UNCONVERGED and not wrapper._warned:
         wrapper._warned = True
         enough = steps_to_converge(graph.depth, 0.5, 1e-3)
         warnings.warn(
@@ -265,10 +276,7 @@ def _relax(
             "leaves 0.1 %, or ClosedForm(0.1, 100) to have it so",
             stacklevel=2,
         )
-    if graph.phase.differs and inputs:  # an input's error is the relaxation phase's, a weight's gradient the update's
-        errors = graph.gradients(states, inputs, updating=False)
-        return errors + graph.gradients(states, parameters, retain_graph=retain_graph)
-    return graph.gradients(states, [*inputs, *parameters], retain_graph=retain_graph)  # (2)
+    return graph.update(states, inputs, parameters, retain_graph=retain_graph)  # (2)
 
 
 def _is_computed(tensor: Tensor) -> bool:
@@ -286,7 +294,7 @@ def _refuse_second_derivative() -> None:
 
 def _residuals(graph: Graph, states: States) -> dict[str, float]:
     """``‖A x + s − x‖ / ‖A x + s‖`` by vertex name; 0 where there is nothing to relax to and nothing left."""
-    drive = add(graph, graph.transport(states), graph.source())
+    drive = graph.drive(states)
     residuals = {}
     for vertex, x in states.items():
         distance, size = float((drive[vertex] - x).norm()), float(drive[vertex].norm())
@@ -305,9 +313,8 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
         return
     step = None
     if (euler := solver.replay()) is not None:
-        source = graph.source()
-        x = graph.initial_states(source)
-        trajectory = (following for following, _ in euler.trajectory(graph, source, x))
+        x = graph.initial_states()
+        trajectory = (following for following, _ in euler.trajectory(graph, x))
         for step, following in enumerate((x, *islice(trajectory, euler.num_steps))):
             if (first := _first_not_finite(following)) is not None:
                 raise NonFiniteStateError(first, step)

@@ -5,12 +5,14 @@ r"""Solvers of the relaxation phase: from the initial state x̄ towards ``x* = �
     Continuous   x(T), the same sum with Poisson weights                     the differential equation itself
     Equilibrium  x* = s + A x*                                               the limit, one reverse sweep
 
-A is applied by `Graph.transport`; c_k and d_k come from `transients`.
+A is applied by `Graph.transport`; c_k and d_k come from `transients`. Where the relaxation's derivative is not frozen,
+A and s depend on x (`Graph.drive`): then `Euler` steps and `Continuous` integrates numerically.
 Source: Millidge et al., arXiv 2010.06219, Algorithm 1; the closed form is this project's own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,8 +21,11 @@ from numbers import Real
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from relaxprop.frozen import Frozen
 from relaxprop.graph import Graph, States, Vertex
 from relaxprop.transients import (
     UPDATE_PROBABILITY,
@@ -35,6 +40,7 @@ from relaxprop.transients import (
     steps_to_converge,
 )
 
+MAX_EVALUATIONS = 10_000  # of the drive, by numerical integration
 # Weight of the initial state below which it is left out: rounding in double precision, whatever the states' type, since
 # activities can be many orders of magnitude larger than gradients.
 NEGLIGIBLE = float(np.finfo(np.float64).eps)
@@ -50,9 +56,10 @@ class Relaxation:
         num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
         transports: products with A that were made; a sweep counts as one, as it visits every edge once.
         remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
-            the order is asynchronous). 0: the states are the gradient.
+            the order is asynchronous). 0: the states are the gradient. None where the relaxation's derivative is not
+            frozen: the states are no weighted sum then.
         converged: whether ``remaining`` is below the rounding of the states' type or, for `Euler` with a
-            tolerance, whether the tolerance was reached.
+            tolerance, whether the tolerance was reached; None where neither is known.
         residuals: by vertex name, ``‖A x + s − x‖ / ‖A x + s‖`` in the final state; None unless asked for with
             ``ActivationRelaxation(…, measure_residual=True)``.
     """
@@ -61,8 +68,8 @@ class Relaxation:
     depth: int | None
     num_steps: int | None
     transports: int
-    remaining: float
-    converged: bool
+    remaining: float | None
+    converged: bool | None
     residuals: Mapping[str, float] | None = None
 
     @property
@@ -116,13 +123,12 @@ class Euler(Solver):
             check_tolerance(self.tolerance)
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        source = graph.source()
-        states = initial = graph.initial_states(source)
+        states = initial = graph.initial_states()
         steps, reached = 0, False
         earliest = math.inf
         if self.tolerance is not None and graph.depth:
             earliest = steps_to_converge(graph.depth, float(self.step_size), self.tolerance, order=self.order)
-        for following, drive in self.trajectory(graph, source, initial):
+        for following, drive in self.trajectory(graph, initial):
             previous, states, steps = states, following, steps + 1
             reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
             if reached or steps == self.num_steps:
@@ -131,29 +137,29 @@ class Euler(Solver):
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
 
-    def trajectory(self, graph: Graph, source: States, states: States) -> Iterator[tuple[States, States]]:
+    def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
         step = self._sequential_step if self.order == "sequential" else self._simultaneous_step
         while True:
-            states, drive = step(graph, source, states)
+            states, drive = step(graph, states)
             yield states, drive
 
-    def _simultaneous_step(self, graph: Graph, source: States, states: States) -> tuple[States, States]:
-        drive = add(graph, graph.transport(states), source)
+    def _simultaneous_step(self, graph: Graph, states: States) -> tuple[States, States]:
+        drive = graph.drive(states)
         updated = graph.vertices
         if self.order == "asynchronous":
             chosen = (torch.rand(len(updated)) < UPDATE_PROBABILITY).tolist()
             updated = [v for v, update in zip(updated, chosen, strict=True) if update]
         return states | {v: torch.lerp(states[v], drive[v], float(self.step_size)) for v in updated}, drive
 
-    def _sequential_step(self, graph: Graph, source: States, states: States) -> tuple[States, States]:
+    def _sequential_step(self, graph: Graph, states: States) -> tuple[States, States]:
         drive: States = {}
 
         def settle(vertex: Vertex, arriving: Tensor) -> Tensor:
             drive[vertex] = arriving
             return torch.lerp(states[vertex], arriving, float(self.step_size))
 
-        return graph.sweep(source, settle), drive
+        return graph.sweep(settle, graph.linearise(states)), drive
 
     def _within_tolerance(self, states: States, drive: States, initial: States) -> bool:
         assert self.tolerance is not None
@@ -175,25 +181,25 @@ class _Linear(Solver):
         """c_k and d_k for k < depth."""
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        check_solves(self, graph.frozen)
         hops = self.hops(graph.depth)
-        source = graph.source()
         if hops.largest < NEGLIGIBLE:  # nothing of x̄ is left: x_n = x*
-            states, transports = graph.sweep(source, lambda _, arriving: arriving), 1
+            states, transports = graph.sweep(lambda _, arriving: arriving), 1
         else:
-            states, transports = _horner(graph, source, hops)
+            states, transports = _horner(graph, hops)
         return states, _record(graph, states, hops, num_steps=self._num_steps(), transports=transports)
 
     def _num_steps(self) -> int | None:
         return None
 
 
-def _horner(graph: Graph, source: States, hops: Hops) -> tuple[States, int]:
+def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     """``Σ_k [ c_k A^k x̄ + d_k A^k s ]`` by Horner's rule: y ← A y + c_k x̄ + d_k s, for k from the last term to 0.
 
     A^k reaches no vertex with fewer than k vertices upstream from below the input, so stage k leaves those out: what is
     nearest to the input, often the most expensive, is visited once.
     """
-    initial = graph.initial_states(source)
+    source, initial = graph.source(), graph.initial_states()
     states: States = {}
     for k in range(len(hops.terms) - 1, -1, -1):
         c, d = hops.terms[k]
@@ -243,7 +249,10 @@ class ClosedForm(_Linear):
 
 @dataclass(frozen=True)
 class Continuous(_Linear):
-    """The differential equation ``dx/dt = −x + A x + s`` itself, solved exactly up to time ``duration``.
+    """The differential equation ``dx/dt = −x + A x + s`` itself, solved up to time ``duration``.
+
+    Exactly, by a sum with Poisson weights, where the relaxation's derivative is frozen; else numerically, on the CPU
+    and with one step size for all samples, to the square root of the states' rounding.
 
     Args:
         duration: T > 0, in units of the relaxation's time constant; n steps of η correspond to T = n η.
@@ -263,6 +272,51 @@ class Continuous(_Linear):
     def hops(self, depth: int) -> Hops:
         return continuous_hops(depth, self.duration)
 
+    def solve(self, graph: Graph) -> tuple[States, Relaxation]:
+        return super().solve(graph) if graph.frozen.relaxation_derivative else self._integrate(graph)
+
+    def _integrate(self, graph: Graph) -> tuple[States, Relaxation]:
+        """The nonlinear equation, by SciPy's adaptive Runge-Kutta method of order 5(4).
+
+        The error allowed per step is the square root of the states' rounding, so that rounding does not steer the step.
+
+        Raises:
+            RuntimeError: the derivative jumps along the way, so that the steps become too many.
+        """
+        initial = graph.initial_states()
+        if not initial:
+            return {}, _record(graph, {}, None, num_steps=None, transports=0)
+        sizes = [x.numel() for x in initial.values()]
+
+        def unpacked(y: NDArray[np.float64]) -> States:
+            parts = torch.split(torch.from_numpy(y), sizes)
+            return {v: part.view_as(x).to(x) for (v, x), part in zip(initial.items(), parts, strict=True)}
+
+        def packed(states: States) -> NDArray[np.float64]:
+            return torch.cat([states[v].double().flatten().cpu() for v in initial]).numpy()
+
+        evaluations = itertools.count(1)
+
+        def derivative(_: float, y: NDArray[np.float64]) -> NDArray[np.float64]:
+            if next(evaluations) > MAX_EVALUATIONS:
+                raise RuntimeError(
+                    f"{self}: the integration took more than {MAX_EVALUATIONS} evaluations; with an unfrozen "
+                    "derivative that jumps (max-pooling, ReLU) the relaxation phase can slide along the jump, where the step size "
+                    "goes to zero: use Euler(step_size, num_steps), or a smooth model"
+                )
+            return packed(graph.drive(unpacked(y))) - y
+
+        allowed = math.sqrt(max(torch.finfo(x.dtype).eps for x in initial.values()))
+        with np.errstate(all="ignore"):  # what overflows is found below
+            path = solve_ivp(
+                derivative, (0.0, float(self.duration)), packed(initial), t_eval=[float(self.duration)],
+                rtol=allowed, atol=allowed,
+            )  # fmt: skip
+        # Where the integration gave up the states have run away: they are no number.
+        end = path.y[:, -1] if path.success else np.full(sum(sizes), np.nan)
+        states = unpacked(end)
+        return states, _record(graph, states, None, num_steps=None, transports=int(path.nfev))
+
 
 @dataclass(frozen=True)
 class Equilibrium(Solver):
@@ -272,7 +326,8 @@ class Equilibrium(Solver):
     """
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        states = graph.sweep(graph.source(), lambda _, arriving: arriving)
+        check_solves(self, graph.frozen)
+        states = graph.sweep(lambda _, arriving: arriving)
         return states, at_equilibrium(len(graph.vertices), graph.depth)
 
 
@@ -281,18 +336,23 @@ def at_equilibrium(vertices: int | None, depth: int | None) -> Relaxation:
     return Relaxation(vertices, depth, num_steps=None, transports=1, remaining=0.0, converged=True)
 
 
-def add(graph: Graph, left: States, right: States) -> States:
-    """``left + right`` at every vertex of the graph."""
-    total: States = {}
-    for v in graph.vertices:
-        if v in left and v in right:
-            total[v] = left[v] + right[v]
-        else:
-            total[v] = left[v] if v in left else right[v] if v in right else v.zeros()
-    return total
+def check_solves(solver: Solver, frozen: Frozen) -> None:
+    """Refuse a solver that needs a linear relaxation where it is not.
+
+    Raises:
+        ValueError: names the solver and those that can.
+    """
+    if not frozen.relaxation_derivative and isinstance(solver, ClosedForm | Equilibrium):
+        raise ValueError(
+            f"solver={solver} sums powers of one linear operator, but with relaxation_derivative=False the Jacobians "
+            "follow the states and the relaxation is not linear: pass solver=Euler(0.1, 100), which simulates it, or "
+            "Continuous(10.0)"
+        )
 
 
-def _record(graph: Graph, states: States, hops: Hops, *, num_steps: int | None, transports: int) -> Relaxation:
+def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int | None, transports: int) -> Relaxation:
+    if hops is None or not graph.frozen.relaxation_derivative:
+        return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining=None, converged=None)
     rounding = min([torch.finfo(dtype).eps for dtype in {x.dtype for x in states.values()}], default=0.0)
     return Relaxation(
         vertices=len(graph.vertices),

@@ -13,6 +13,7 @@ PUBLIC_NAMES = [
     "Convergence",
     "Equilibrium",
     "Euler",
+    "Frozen",
     "NonFiniteStateError",
     "Relaxation",
     "alignment",

@@ -133,11 +133,12 @@ def test_steps_to_converge_agrees_with_the_tail_of_the_binomial_distribution() -
 def test_a_record_says_what_steps_to_converge_promises(order: Order) -> None:
     network, x = mlp(4, 5, 5, 5, 2).double(), torch.randn(3, 4).double()
     n = steps_to_converge(3, 0.2, 1e-4, order=order)
-    remaining = []
+    remaining: list[float] = []
     for num_steps in (n - 1, n):
         model = ActivationRelaxation(network, solver=Euler(0.2, num_steps, order=order))
         gradients(model, (x,))
         assert model.last_relaxation is not None
+        assert model.last_relaxation.remaining is not None
         remaining.append(model.last_relaxation.remaining)
     assert remaining[1] <= 1e-4 < remaining[0]
 
