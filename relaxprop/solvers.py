@@ -301,8 +301,8 @@ class Continuous(_Linear):
             if next(evaluations) > MAX_EVALUATIONS:
                 raise RuntimeError(
                     f"{self}: the integration took more than {MAX_EVALUATIONS} evaluations; with an unfrozen "
-                    "derivative that jumps (max-pooling, ReLU) the relaxation phase can slide along the jump, where the step size "
-                    "goes to zero: use Euler(step_size, num_steps), or a smooth model"
+                    "derivative that jumps (max-pooling, ReLU) the relaxation phase can slide along the jump, where "
+                    "the step size goes to zero: use Euler(step_size, num_steps), or a smooth model"
                 )
             return packed(graph.drive(unpacked(y))) - y
 

@@ -314,10 +314,10 @@ class CountedTransports:
         self.onto: list[set[Vertex]] = []
         original = Graph.transport
 
-        def counted(graph: Graph, states: States, onto: Any = None) -> States:
+        def counted(graph: Graph, states: States, onto: Any = None, at: Any = None) -> States:
             if states and (onto is None or onto):
                 self.onto.append(set(graph.vertices if onto is None else onto))
-            return original(graph, states, onto)
+            return original(graph, states, onto, at)
 
         monkeypatch.setattr(Graph, "transport", counted)
 
