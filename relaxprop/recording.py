@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -172,7 +173,7 @@ class _Pass:
         self.recorder = recorder
         self.module = module
         self.names = names
-        self.layers = find_layers(module) if recorder.frozen.splits_update else ()
+        self.layers = () if recorder.frozen == ALL_FROZEN else find_layers(module)
         self.phase = Phase()
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in
         self.args = [map_tensors(self._stand_in, x) for x in args]
@@ -195,6 +196,7 @@ class _Pass:
         result, outputs = run.call()
         if self.surroundings is not None:
             self.surroundings.passed()
+            self.constant = run.constant() if not self.surroundings.draws else {}
         if outputs and not run.calls:
             warnings.warn(
                 f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
@@ -233,7 +235,7 @@ class _Pass:
         assert self.surroundings is not None
         values = [states[v].to(v.leaf.dtype) if v in states else v.leaf for v in self.recorded]
         run = _Run(self, values)
-        with self.surroundings.restored(), torch.enable_grad():
+        with self.surroundings.restored(), _returning(self.constant), torch.enable_grad():
             _, outputs = run.call()
         stored = [(v.name, v.leaf.shape) for v in self.recorded]
         if [(v.name, v.leaf.shape) for v in run.vertices] != stored or len(run.layers) != self.num_layers:
@@ -257,6 +259,8 @@ class _Run:
         self.values = values
         self.vertices: list[Vertex] = []
         self.layers: list[GradientEdge] = []
+        self.above: dict[nn.Module, list[_HandedOn]] = {}  # what layers returned before there was a vertex
+        self.below: set[nn.Module] = set()  # the layers that were called later
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, _HandedOn] = {}  # by the id of the tensor
 
@@ -266,7 +270,8 @@ class _Run:
         args = [map_tensors(self._input, x) for x in of.args] if of.inputs else of.args
         kwargs = {name: map_tensors(self._input, x) for name, x in of.kwargs.items()} if of.inputs else of.kwargs
         # A layer's output is noted before it is cut, where the layer is a vertex too.
-        handles = [m.register_forward_hook(self._note_layer) for m in of.layers]
+        noted = of.layers if self.values is None or recorder.frozen.splits_update else ()
+        handles = [m.register_forward_hook(self._note_layer) for m in noted]
         handles += [m.register_forward_hook(self._cut_output) for m in of.names]
         token = current_phase.set(of.phase)
         try:
@@ -298,8 +303,22 @@ class _Run:
     def _note_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         # What a module returns of its own parameter is no operation: a view is one.
         output = map_tensors(lambda x: x.view_as(x) if x.is_leaf and x.requires_grad else x, output)
-        self.layers += [get_gradient_edge(x) for x in tensors_requiring_grad(output)]
+        if self.of.recorder.frozen.splits_update:
+            self.layers += [get_gradient_edge(x) for x in tensors_requiring_grad(output)]
+        if self.values is None and (self.vertices or not isinstance(output, Tensor)):
+            self.below.add(module)
+        elif self.values is None:
+            self.above.setdefault(module, []).append(_HandedOn("", output, output, output._version))
         return output
+
+    def constant(self) -> dict[nn.Module, list[Tensor]]:
+        """What the layers above all vertices returned, call by call: no state changes it, so no later run needs to
+        compute it again. These layers read the input, and are often the most expensive ones."""
+        return {
+            layer: [x.tensor for x in returned]
+            for layer, returned in self.above.items()
+            if layer not in self.below and not any(x.overwritten for x in returned) and not _has_own_hooks(layer)
+        }
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         origin = self.of.names[module]
@@ -343,8 +362,26 @@ def find_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if m in owners - within]
 
 
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says: those things happen in every run."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextmanager
+def _returning(outputs: Mapping[nn.Module, list[Tensor]]) -> Iterator[None]:
+    """Within it, calls of these modules return, one after the other, what is given."""
+    for module, given in outputs.items():
+        calls = iter(given)
+        vars(module)["forward"] = lambda *args, calls=calls, **kwargs: next(calls)
+    try:
+        yield
+    finally:
+        for module in outputs:
+            vars(module).pop("forward", None)
+
+
 class _HandedOn(NamedTuple):
-    """What the rest of the model reads of a vertex or of an input."""
+    """What the rest of the model reads: of a vertex, of an input, of a layer."""
 
     origin: str  # the name of the module, or "input"
     tensor: Tensor
