@@ -8,14 +8,15 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from relaxprop.diagnostics import Convergence, convergence
+from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset, DatasetName
 from relaxprop.lab.engine import FinishedRun
@@ -26,8 +27,61 @@ from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler
 from relaxprop.transients import Order
 
+Claim = Literal["equivalent", "destroyed"]
 RULE_NAMES: dict[Rule, str] = {"ar": "Activation Relaxation", "backprop": "Backpropagation"}
 STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One curve of a figure.
+
+    Attributes:
+        title: what is changed.
+        claim: the paper's, of its final accuracy beside that of ``versus``.
+        versus: the condition that it is compared with.
+    """
+
+    title: str
+    rule: Rule = "ar"
+    frozen: Frozen = ALL_FROZEN
+    claim: Claim = "equivalent"
+    versus: str = "baseline"
+
+
+# Figures 1 and 3 (the paper, section 4.1).
+CONDITIONS: dict[str, Condition] = {
+    "baseline": Condition("Activation Relaxation", versus="backprop"),
+    "a": Condition("f' at x in the relaxation", frozen=Frozen(relaxation_derivative=False)),
+    "b": Condition("f' at x in the update", frozen=Frozen(update_derivative=False)),
+    "c": Condition("f' at x in both", frozen=Frozen(relaxation_derivative=False, update_derivative=False)),
+    "d": Condition("presynaptic activity x in the update", frozen=Frozen(update_activity=False), claim="destroyed"),
+    "backprop": Condition("Backpropagation", rule="backprop"),
+}
+
+
+def condition_runs(
+    dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None, as_coded: bool = False
+) -> dict[str, list[RunConfig]]:
+    """The runs of every condition, by seed: the same initial weights and minibatches in all conditions.
+
+    ``as_coded`` takes the authors' code where it differs from the paper's text on purpose: vertices are updated in
+    sequence from the output down, the last two minibatches are left out, and d relaxes the input too.
+    """
+    return {
+        name: [_run(condition, seed, as_coded, dataset=dataset, data=data, epochs=epochs) for seed in range(seeds)]
+        for name, condition in CONDITIONS.items()
+    }
+
+
+def _run(condition: Condition, seed: int, as_coded: bool, **values: Any) -> RunConfig:
+    values |= {"rule": condition.rule, "seed": seed, "frozen": condition.frozen}
+    if as_coded:
+        values["left_out"] = 2
+        values["solver_options"] = {"order": "sequential"}
+        if not condition.frozen.update_activity:
+            values["frozen"] = replace(condition.frozen, input=False)
+    return RunConfig(**values)
 
 
 def demo_runs(dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None) -> list[RunConfig]:

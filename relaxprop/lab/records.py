@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from relaxprop.frozen import Frozen
 from relaxprop.lab.data import DatasetName
 from relaxprop.lab.models import ModelName
-from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver
+from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
 Rule = Literal["ar", "backprop"]
 RULES: tuple[Rule, ...] = ("ar", "backprop")
@@ -38,6 +39,11 @@ SOLVERS: dict[SolverName, type[Solver]] = {
     "continuous": Continuous,
     "equilibrium": Equilibrium,
 }
+
+
+def default_solver(frozen: Frozen) -> SolverName:
+    """The paper's 100 steps of 0.1: in closed form where the relaxation is linear, else simulated."""
+    return "closed-form" if frozen.relaxation_derivative else "euler"
 
 
 class OutputError(Exception):
@@ -58,20 +64,28 @@ class RunConfig(BaseModel):
     rule: Rule = "ar"
     solver: SolverName = "closed-form"
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
+    frozen: Frozen = Frozen()
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=64, ge=1)
+    left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
     learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Fills the solver's defaults in, so that a run has one description; backpropagation has no solver."""
+        """Fills the solver and its defaults in, so that a run has one description; backpropagation has no solver."""
         if values.get("rule") == "backprop":
-            return values | {"solver": "closed-form", "solver_options": {}}
-        kind = SOLVERS.get(values.get("solver", "closed-form"))
-        options = values.get("solver_options", {})
-        return values if kind is None else values | {"solver_options": vars(kind(**options))}
+            return values | {"solver": "closed-form", "solver_options": {}, "frozen": Frozen()}
+        frozen = values.get("frozen") or Frozen()
+        frozen = frozen if isinstance(frozen, Frozen) else Frozen(**frozen)
+        name = values.get("solver") or default_solver(frozen)
+        kind = SOLVERS.get(name)
+        if kind is None:
+            return values
+        solver = kind(**values.get("solver_options", {}))
+        check_solves(solver, frozen)
+        return values | {"solver": name, "solver_options": vars(solver), "frozen": frozen}
 
     def build_solver(self) -> Solver:
         """The solver that the description names."""

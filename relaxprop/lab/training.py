@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from relaxprop.lab import models
-from relaxprop.lab.data import Dataset, Split
+from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.records import EpochMetrics, Record, RunConfig
 from relaxprop.relaxation import ActivationRelaxation
 
@@ -35,9 +36,14 @@ def train(
         on_epoch: called after every epoch that is computed.
 
     Raises:
+        DataError: all minibatches are left out.
         OutputError: the run's folder cannot be written.
         NonFiniteStateError: the relaxation diverged; the epochs before it are kept.
     """
+    if not min(kept_samples(len(split), config) for split in (dataset.train, dataset.test)):
+        raise DataError(
+            f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
+        )
     record = Record(config, root) if root is not None else None
     metrics = record.open() if record is not None else []
     if len(metrics) >= config.epochs:
@@ -47,13 +53,17 @@ def train(
         record.load_weights(model)
     model.to(device)
     dataset = dataset.to(device)
-    trained = model if config.rule == "backprop" else ActivationRelaxation(model, solver=config.build_solver())
+    trained: nn.Module = model
+    if config.rule == "ar":
+        trained = ActivationRelaxation(model, solver=config.build_solver(), frozen=config.frozen)
+    rows = kept_samples(len(dataset.test), config)
+    test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
     for epoch in range(len(metrics) + 1, config.epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(trained, optimizer, dataset, config, epoch)
         seconds = time.perf_counter() - start
-        correct = accuracy(model, dataset.test)
+        correct = accuracy(model, test)
         metrics.append(EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds))
         if record is not None:
             record.save(metrics, model)
@@ -70,6 +80,7 @@ def train_epoch(
     model.train()
     targets = functional.one_hot(dataset.train.labels, len(dataset.classes)).to(dataset.train.images.dtype)
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    samples = 0
     for rows in minibatches(len(dataset.train), config, epoch):
         index = rows.to(targets.device)
         loss = squared_error(model(dataset.train.images[index]), targets[index])
@@ -77,7 +88,8 @@ def train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
-    return float(total) / len(dataset.train)
+        samples += len(rows)
+    return float(total) / samples
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -88,8 +100,15 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 def minibatches(size: int, config: RunConfig, epoch: int) -> Iterator[Tensor]:
     """Row numbers, shuffled anew in every epoch; the same for every learning rule and after a resumption."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_seed(config, epoch)))
-    for start in range(0, size, config.batch_size):
+    for start in range(0, kept_samples(size, config), config.batch_size):
         yield order[start : start + config.batch_size]
+
+
+def kept_samples(size: int, config: RunConfig) -> int:
+    """How many of ``size`` samples are left when the last minibatches are left out."""
+    if not config.left_out:
+        return size
+    return max(0, math.ceil(size / config.batch_size) - config.left_out) * config.batch_size
 
 
 def _seed(config: RunConfig, epoch: int) -> int:
