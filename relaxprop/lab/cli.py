@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,10 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from relaxprop import __version__
+from relaxprop.frozen import Frozen
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab import data, figures, records
 from relaxprop.lab.data import DATA_VARIABLE, DataError, DatasetName
 from relaxprop.lab.engine import run_all
+from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelName
 from relaxprop.lab.records import SOLVERS, EpochMetrics, OutputError, Rule, RunConfig, SolverName
 from relaxprop.lab.training import train as train_network
@@ -37,6 +40,15 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class Quantity(StrEnum):  # Typer knows lists of an enumeration, not of literals
+    """A field of `Frozen`, as options spell it."""
+
+    relaxation_derivative = "relaxation-derivative"
+    update_derivative = "update-derivative"
+    update_activity = "update-activity"
+    input = "input"
+
+
 DatasetOption = Annotated[DatasetName, typer.Option(help="Data; digits comes with scikit-learn.")]
 ModelOption = Annotated[ModelName, typer.Option(help="The paper's network.")]
 DataDirOption = Annotated[
@@ -50,7 +62,6 @@ RunsOption = Annotated[
     Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="PyTorch device, for instance cpu or cuda.")]
-FigureName = Literal["demo"]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 
 
@@ -60,7 +71,11 @@ def train(
     model: ModelOption = "mlp",
     rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
     solver: Annotated[
-        SolverName | None, typer.Option(help="How the relaxation phase is integrated. (default: closed-form)")
+        SolverName | None,
+        typer.Option(
+            help="How the relaxation phase is integrated. (default: closed-form, or euler where the relaxation's "
+            "derivative is unfrozen)"
+        ),
     ] = None,
     step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. (default: 0.1)")] = None,
     num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. (default: 100)")] = None,
@@ -70,6 +85,10 @@ def train(
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Stop early at this residual; euler.")] = None,
     duration: Annotated[float | None, typer.Option(help="Time T; continuous. (default: 10)")] = None,
+    unfreeze: Annotated[
+        list[Quantity] | None,
+        typer.Option(help="Take it at the current states, not from the feedforward pass; repeat it for several."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
@@ -92,6 +111,7 @@ def train(
         model=model,
         rule=rule,
         solver=solver,
+        unfreeze=unfreeze or (),
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,
@@ -117,10 +137,19 @@ def train(
 
 @app.command()
 def reproduce(
-    figure: Annotated[FigureName, typer.Argument(help="demo: Activation Relaxation beside backpropagation.")],
-    dataset: DatasetOption = "digits",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
-    epochs: EpochsOption = 30,
+    figure: Annotated[
+        FigureName, typer.Argument(help="; ".join(f"{name}: {e.title}" for name, e in figures.EXPERIMENTS.items()))
+    ],
+    dataset: Annotated[
+        DatasetName | None, typer.Option(help="Data. (default: digits for demo, mnist, fashion_mnist)")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. (default: 3 for demo, else 10)")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training data. (default: 8 for demo, else 30)")
+    ] = None,
+    as_coded: Annotated[
+        bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
+    ] = False,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
     out: Annotated[
@@ -128,39 +157,43 @@ def reproduce(
     ] = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Compute an experiment's runs, print its table and write its figures."""
-    with _usage_errors("--epochs"):
-        figures.demo_runs(dataset, seeds=seeds, epochs=epochs)
-    folder = out or Path("figures") / f"{figure}-{dataset}"
+    """Compute an experiment's runs, print its table and write its figures.
+
+    Backpropagation, Activation Relaxation, and Activation Relaxation with a part of the feedforward pass unfrozen.
+    """
+    experiment = figures.EXPERIMENTS[figure]
+    name, n = dataset or experiment.dataset, epochs or experiment.epochs
+    folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
     for written in (runs, folder):
         records.check_writable(written)
-    loaded = data.load(dataset, data_dir)
-    configs = figures.demo_runs(dataset, seeds=seeds, epochs=epochs, data=loaded.digest)
+    loaded = data.load(name, data_dir)
+    planned = figures.condition_runs(
+        name, seeds=seeds or experiment.seeds, epochs=n, data=loaded.digest, as_coded=as_coded
+    )
+    conditions, configs = zip(*planned, strict=True)
+    labels = {config.id: condition for condition, config in planned}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     with _kept(kept), _progress() as progress:
-        task = progress.add_task("", total=epochs * len(configs))
+        task = progress.add_task("", total=n * len(configs))
         results = run_all(
             configs,
             loaded,
             root=runs,
             device=_device(device),
-            on_start=lambda c: progress.update(task, description=f"{figures.RULE_NAMES[c.rule]}, seed {c.seed}"),
-            on_epoch=lambda n: progress.advance(task, n),
+            on_start=lambda c: progress.update(task, description=f"{labels[c.id]}, seed {c.seed}"),
+            on_epoch=lambda epochs: progress.advance(task, epochs),
         )
-    paths = figures.write_demo(results, loaded, folder, _command())
-    rows = figures.summarise(results)
-    shown = Table(title=f"{dataset}: after {epochs} epochs, mean ± standard error over n seeds", title_justify="left")
-    for i, column in enumerate(figures.COLUMNS):
-        shown.add_column(column, justify="right" if i else "left")
-    for row in figures.table(rows):
-        shown.add_row(*row)
-    console.print(shown)
-    difference = figures.paired_difference(rows)
-    console.print(
-        f"Activation Relaxation − backpropagation, seed by seed: {difference} points (n = {difference.n})",
-        soft_wrap=True,
-    )
-    console.print("cost: median time of a training epoch relative to backpropagation's")
+    rows, paths = figures.write_conditions(experiment.title, conditions, results, loaded, folder, _command())
+    if figure == "demo":
+        curves = figures.convergence_by_step_size(loaded)
+        paths += figures.write_convergence(curves, loaded.name, folder, _command())
+    title = f"{name}: after {n} epochs, mean ± standard error over n seeds"
+    cells = figures.table(rows)
+    _print_table(title, figures.COLUMNS[:4], [row[:4] for row in cells])
+    compared = [(row.name, *cell[4:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
+    _print_table("the paper's claims", (figures.COLUMNS[0], *figures.COLUMNS[4:]), compared)
+    for note in figures.NOTES:
+        console.print(note, soft_wrap=True, highlight=False)
     _print_paths(paths)
 
 
@@ -274,10 +307,15 @@ def _options(
     pass
 
 
-def _run_config(solver_options: dict[str, Any], *, solver: SolverName | None, **values: Any) -> RunConfig:
-    if values["rule"] == "backprop" and solver is not None:
-        raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint="--solver")
-    values["solver"] = solver or "closed-form"
+def _run_config(
+    solver_options: dict[str, Any], *, solver: SolverName | None, unfreeze: Sequence[Quantity], **values: Any
+) -> RunConfig:
+    for given, flag in ((solver, "--solver"), (unfreeze, "--unfreeze")):
+        if values["rule"] == "backprop" and given:
+            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+    with _usage_errors("--unfreeze"):
+        frozen = Frozen(**{quantity.name: False for quantity in unfreeze})
+    values |= {"solver": solver or records.default_solver(frozen), "frozen": frozen}
     kind = SOLVERS[values["solver"]]
     known = kind.__dataclass_fields__
     for name in solver_options:
@@ -324,6 +362,15 @@ def _command() -> str:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=errors)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i and rows[0][i][:1].isdigit() else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
 def _print_paths(paths: list[Path]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy import stats
 
 from relaxprop.diagnostics import Convergence, convergence
 from relaxprop.frozen import ALL_FROZEN, Frozen
@@ -21,15 +22,34 @@ from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset, DatasetName
 from relaxprop.lab.engine import FinishedRun
 from relaxprop.lab.models import ModelName
-from relaxprop.lab.records import RULES, Rule, RunConfig, environment, write_atomically
+from relaxprop.lab.records import EpochMetrics, Rule, RunConfig, environment, write_atomically
 from relaxprop.lab.training import squared_error
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler
 from relaxprop.transients import Order
 
 Claim = Literal["equivalent", "destroyed"]
-RULE_NAMES: dict[Rule, str] = {"ar": "Activation Relaxation", "backprop": "Backpropagation"}
+FigureName = Literal["demo", "figure1", "figure3"]
+MARGIN = 0.01  # test accuracies that differ by less are equivalent: fixed before the runs, for all of them
+CONFIDENCE = 0.95
 STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure's data and protocol."""
+
+    title: str
+    dataset: DatasetName
+    seeds: int
+    epochs: int
+
+
+EXPERIMENTS: dict[FigureName, Experiment] = {
+    "demo": Experiment("every condition on scikit-learn's digits", "digits", seeds=3, epochs=8),
+    "figure1": Experiment("the paper's Figure 1", "mnist", seeds=10, epochs=30),
+    "figure3": Experiment("the paper's Figure 3", "fashion_mnist", seeds=10, epochs=30),
+}
 
 
 @dataclass(frozen=True)
@@ -51,46 +71,38 @@ class Condition:
 
 # Figures 1 and 3 (the paper, section 4.1).
 CONDITIONS: dict[str, Condition] = {
-    "baseline": Condition("Activation Relaxation", versus="backprop"),
-    "a": Condition("f' at x in the relaxation", frozen=Frozen(relaxation_derivative=False)),
-    "b": Condition("f' at x in the update", frozen=Frozen(update_derivative=False)),
-    "c": Condition("f' at x in both", frozen=Frozen(relaxation_derivative=False, update_derivative=False)),
-    "d": Condition("presynaptic activity x in the update", frozen=Frozen(update_activity=False), claim="destroyed"),
     "backprop": Condition("Backpropagation", rule="backprop"),
+    "baseline": Condition("Activation Relaxation", versus="backprop"),
+    "a": Condition("f'(W x) in the relaxation", frozen=Frozen(relaxation_derivative=False)),
+    "b": Condition("f'(W x) in the update", frozen=Frozen(update_derivative=False)),
+    "c": Condition("f'(W x) in both", frozen=Frozen(relaxation_derivative=False, update_derivative=False)),
+    "d": Condition("presynaptic x in the update", frozen=Frozen(update_activity=False), claim="destroyed"),
 }
+BASELINE, REFERENCE = "baseline", "backprop"
 
 
 def condition_runs(
     dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None, as_coded: bool = False
-) -> dict[str, list[RunConfig]]:
-    """The runs of every condition, by seed: the same initial weights and minibatches in all conditions.
+) -> list[tuple[str, RunConfig]]:
+    """The runs with the names of their conditions: per seed the same initial weights and minibatches in all of them.
 
     ``as_coded`` takes the authors' code where it differs from the paper's text on purpose: vertices are updated in
     sequence from the output down, the last two minibatches are left out, and d relaxes the input too.
     """
-    return {
-        name: [_run(condition, seed, as_coded, dataset=dataset, data=data, epochs=epochs) for seed in range(seeds)]
+    return [
+        (name, _run(condition, as_coded, dataset=dataset, data=data, epochs=epochs, seed=seed))
+        for seed in range(seeds)
         for name, condition in CONDITIONS.items()
-    }
+    ]
 
 
-def _run(condition: Condition, seed: int, as_coded: bool, **values: Any) -> RunConfig:
-    values |= {"rule": condition.rule, "seed": seed, "frozen": condition.frozen}
+def _run(condition: Condition, as_coded: bool, **values: Any) -> RunConfig:
+    values |= {"rule": condition.rule, "frozen": condition.frozen}
     if as_coded:
-        values["left_out"] = 2
-        values["solver_options"] = {"order": "sequential"}
+        values |= {"left_out": 2, "solver_options": {"order": "sequential"}}
         if not condition.frozen.update_activity:
             values["frozen"] = replace(condition.frozen, input=False)
     return RunConfig(**values)
-
-
-def demo_runs(dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None) -> list[RunConfig]:
-    """Activation Relaxation beside backpropagation: per seed the same initial weights and minibatches."""
-    return [
-        RunConfig(dataset=dataset, data=data, rule=rule, seed=seed, epochs=epochs)
-        for seed in range(seeds)
-        for rule in RULES
-    ]
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,14 @@ class Mean:
     mean: float
     standard_error: float
     n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval, of Student's t distribution."""
+        if self.n == 1:
+            return -math.inf, math.inf
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.standard_error
+        return self.mean - half, self.mean + half
 
     def __str__(self) -> str:
         if self.n == 1:
@@ -116,74 +136,143 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """One rule's results."""
+    """One condition's results.
 
-    rule: Rule
-    accuracies: tuple[Mean, ...]  # test accuracy after each epoch
-    final: tuple[float, ...]  # test accuracy after the last epoch, by seed
-    seconds: float  # of training, median over seeds
-    relative_cost: float  # median seconds of an epoch over backpropagation's
+    Attributes:
+        accuracies: test accuracy after each epoch.
+        final: test accuracy after the last epoch, by seed.
+        seconds: of training, median over seeds.
+        relative_cost: median seconds of an epoch over backpropagation's.
+        difference: final test accuracy minus that of ``condition.versus``, seed by seed; None for the reference.
+        verdict: on the paper's claim.
+    """
+
+    name: str
+    condition: Condition
+    accuracies: tuple[Mean, ...]
+    final: tuple[float, ...]
+    seconds: float
+    relative_cost: float
+    difference: Mean | None
+    verdict: str
 
 
-def summarise(runs: Sequence[FinishedRun]) -> list[Row]:
-    """Results by rule, seeds in order."""
-    by_rule = {rule: [run.metrics for run in runs if run.config.rule == rule] for rule in RULES}
-    epoch_seconds = {
-        rule: statistics.median(m.seconds for metrics in by_rule[rule] for m in metrics) for rule in by_rule
+def summarise(names: Sequence[str], runs: Sequence[FinishedRun], *, chance: float) -> list[Row]:
+    """Results by condition; ``names`` are those of the runs, and seeds are in the same order in all conditions."""
+    metrics: dict[str, list[list[EpochMetrics]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        metrics.setdefault(name, []).append(run.metrics)
+    final = {name: [m[-1].test_accuracy for m in by_seed] for name, by_seed in metrics.items()}
+    seconds = {
+        name: statistics.median(m.seconds for seed in by_seed for m in seed) for name, by_seed in metrics.items()
     }
-    return [
-        Row(
-            rule=rule,
-            accuracies=tuple(mean_over_seeds([m.test_accuracy for m in epoch]) for epoch in zip(*by_seed, strict=True)),
-            final=tuple(metrics[-1].test_accuracy for metrics in by_seed),
-            seconds=statistics.median(sum(m.seconds for m in metrics) for metrics in by_seed),
-            relative_cost=epoch_seconds[rule] / epoch_seconds["backprop"],
+    rows = []
+    for name, by_seed in metrics.items():
+        condition = CONDITIONS[name]
+        pairs = zip(final[name], final[condition.versus], strict=True)
+        difference = mean_over_seeds([a - b for a, b in pairs]) if name != REFERENCE else None
+        reference = statistics.fmean(final[condition.versus])
+        rows.append(
+            Row(
+                name=name,
+                condition=condition,
+                accuracies=tuple(
+                    mean_over_seeds([m.test_accuracy for m in epoch]) for epoch in zip(*by_seed, strict=True)
+                ),
+                final=tuple(final[name]),
+                seconds=statistics.median(sum(m.seconds for m in metrics) for metrics in by_seed),
+                relative_cost=seconds[name] / seconds[REFERENCE],
+                difference=difference,
+                verdict=verdict(condition.claim, difference, reference, chance) if difference is not None else "",
+            )
         )
-        for rule, by_seed in by_rule.items()
-    ]
+    return rows
 
 
-def paired_difference(rows: Sequence[Row]) -> Mean:
-    """Final test accuracy of Activation Relaxation minus backpropagation's, seed by seed."""
-    final = {row.rule: row.final for row in rows}
-    return mean_over_seeds([a - b for a, b in zip(final["ar"], final["backprop"], strict=True)])
+def verdict(claim: Claim, difference: Mean, reference: float, chance: float) -> str:
+    """On the paper's claim, from the 95 % interval of the paired difference.
+
+    "equivalent" holds where the interval lies within ±``MARGIN``, "destroyed" where it lies below minus half of what
+    the reference has learned beyond chance. A claim is refuted where the interval lies outside, else left open.
+    """
+    low, high = difference.interval
+    if claim == "equivalent":
+        holds, refuted = low > -MARGIN and high < MARGIN, high < -MARGIN or low > MARGIN
+    else:
+        limit = (chance - reference) / 2
+        holds, refuted = high < limit, low > limit
+    if holds:
+        return "holds"
+    if refuted:
+        return f"does not hold: {100 * difference.mean:+.1f} points"
+    return f"open: {difference.n} seed{'s' if difference.n > 1 else ''} cannot tell"
 
 
-COLUMNS = ("rule", "test accuracy (%)", "n", "training (s)", "cost")
+COLUMNS = ("condition", "test accuracy (%)", "n", "cost", "difference (points)", "95 % interval", "paper", "verdict")
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The cells under ``COLUMNS``."""
     return [
         (
-            RULE_NAMES[row.rule],
+            _label(row.name),
             str(row.accuracies[-1]),
             str(row.accuracies[-1].n),
-            f"{row.seconds:.1f}",
-            f"{row.relative_cost:.2f}×",
+            f"{row.relative_cost:.1f}×",
+            str(row.difference or ""),
+            _interval(row.difference),
+            f"{row.condition.claim}" if row.difference is not None else "",
+            row.verdict,
         )
         for row in rows
     ]
 
 
-def write_demo(runs: Sequence[FinishedRun], dataset: Dataset, folder: Path, command: str) -> list[Path]:
-    """Writes the table, the figures and what they were made from; returns the files, figures last."""
-    rows = summarise(runs)
+def _label(name: str) -> str:
+    title = CONDITIONS[name].title
+    return title if name in (BASELINE, REFERENCE) else f"{name}: {title}"
+
+
+def _interval(difference: Mean | None) -> str:
+    if difference is None or difference.n == 1:
+        return ""
+    low, high = difference.interval
+    return f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+NOTES = (
+    "difference: of the final test accuracy, seed by seed, to the baseline (Activation Relaxation with everything "
+    "frozen); the baseline's own, to backpropagation",
+    f"equivalent: the 95 % interval of the difference lies within ±{100 * MARGIN:g} point; destroyed: it lies below "
+    "minus half of what the baseline has learned beyond chance",
+    "cost: median time of a training epoch relative to backpropagation's",
+)
+
+
+def write_conditions(
+    title: str, names: Sequence[str], runs: Sequence[FinishedRun], dataset: Dataset, folder: Path, command: str
+) -> tuple[list[Row], list[Path]]:
+    """Writes the table, the figure and what they were made from; returns the rows and the files, the figure last."""
+    rows = summarise(names, runs, chance=_chance(dataset))
+    epochs, n = len(rows[0].accuracies), rows[0].accuracies[-1].n
+    about = f"{dataset.name}, MLP, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
+    notes = "".join(f"* {note}\n" for note in NOTES)
     files = {
-        "table.md": _markdown(COLUMNS, table(rows)),
+        "table.md": f"{_markdown(COLUMNS, table(rows))}\n{about}\n\n{notes}",
         "accuracy.csv": _accuracy_csv(rows),
         "summary.json": json.dumps(_summary(rows, runs, command), indent=2) + "\n",
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
-    n = rows[0].accuracies[-1].n
-    title = f"{dataset.name}, MLP, n = {n} seed{'s' if n > 1 else ''}"
-    curves = [(RULE_NAMES[row.rule], row.accuracies) for row in rows]
-    figures = [
-        plots.learning_curves(curves, title, folder / "accuracy.png"),
-        plots.convergence_curves(convergence_by_step_size(dataset), dataset.name, folder / "convergence.png"),
-    ]
-    return [*(folder / name for name in files), *figures]
+    curves = {_label(row.name): row.accuracies for row in rows}
+    baseline = _label(BASELINE)
+    figure = plots.learning_curves(curves, baseline, f"{title}: {about}", folder / "accuracy.png")
+    return rows, [*(folder / name for name in files), figure]
+
+
+def _chance(dataset: Dataset) -> float:
+    """Accuracy of the most frequent class."""
+    return float(dataset.test.labels.bincount().max()) / len(dataset.test)
 
 
 def convergence_by_step_size(
@@ -240,38 +329,47 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _accuracy_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("rule", "epoch", "test_accuracy", "standard_error", "n"))
+    writer.writerow(("condition", "epoch", "test_accuracy", "standard_error", "n"))
     for row in rows:
         for epoch, mean in enumerate(row.accuracies, 1):
             error = "" if mean.n == 1 else f"{mean.standard_error:.6f}"
-            writer.writerow((row.rule, epoch, f"{mean.mean:.6f}", error, mean.n))
+            writer.writerow((row.name, epoch, f"{mean.mean:.6f}", error, mean.n))
     return text.getvalue()
 
 
 def _summary(rows: Sequence[Row], runs: Sequence[FinishedRun], command: str) -> dict[str, Any]:
-    difference = paired_difference(rows)
     return {
         "command": command,
         "environment": environment(),
+        "margin": MARGIN,
         "results": {
-            row.rule: {
+            row.name: {
                 "test_accuracy_mean": row.accuracies[-1].mean,
                 "test_accuracy_standard_error": _number(row.accuracies[-1].standard_error),
                 "test_accuracy_by_seed": row.final,
                 "n": row.accuracies[-1].n,
                 "training_seconds_median": row.seconds,
                 "cost_relative_to_backpropagation": row.relative_cost,
+                "paired_difference": None if row.difference is None else _difference(row, row.difference),
             }
             for row in rows
         },
-        "paired_difference": {
-            "mean": difference.mean,
-            "standard_error": _number(difference.standard_error),
-            "n": difference.n,
-        },
-        "runs": {run.config.id: run.config.model_dump() for run in runs},
+        "runs": {run.config.id: run.config.model_dump(mode="json") for run in runs},
+    }
+
+
+def _difference(row: Row, difference: Mean) -> dict[str, Any]:
+    low, high = difference.interval
+    return {
+        "to": row.condition.versus,
+        "mean": difference.mean,
+        "standard_error": _number(difference.standard_error),
+        "interval": [_number(low), _number(high)],
+        "n": difference.n,
+        "claim": row.condition.claim,
+        "verdict": row.verdict,
     }
 
 
 def _number(x: float) -> float | None:
-    return None if math.isnan(x) else x
+    return x if math.isfinite(x) else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from relaxprop.diagnostics import Convergence
@@ -21,23 +23,38 @@ ROUNDING = float(np.finfo(np.float64).eps)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def learning_curves(curves: Sequence[tuple[str, Sequence[Mean]]], title: str, path: Path) -> Path:
-    """Test accuracy over epochs, mean over seeds, with standard errors as bands."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, (label, means) in enumerate(curves):
-        epochs = np.arange(1, len(means) + 1)
-        mean = 100 * np.array([m.mean for m in means])
-        error = 100 * np.nan_to_num([m.standard_error for m in means])
-        # Equal curves lie on one another: the later one is dashed so that both show.
-        axes.plot(
-            epochs, mean, "-" if i == 0 else "--", color=COLOURS[i], label=label, marker="o", markersize=5 - 2 * i
-        )
-        axes.fill_between(epochs, mean - error, mean + error, color=COLOURS[i], alpha=0.2, linewidth=0)
-    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", title="mean, band: standard error")
+def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: str, path: Path) -> Path:
+    """Test accuracy over epochs, mean over seeds with standard errors; a panel for each curve beside the baseline."""
+    others = [name for name in curves if name != baseline]
+    columns = min(3, len(others))
+    rows = math.ceil(len(others) / columns)
+    figure = Figure(figsize=(3.6 * columns, 3 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, name in zip(panels, others, strict=False):
+        # Equal curves lie on one another: the later one is dashed and its marks are smaller, so that both show.
+        for label, colour, line, size in ((baseline, COLOURS[0], "-", 6), (name, COLOURS[1], "--", 3)):
+            means = curves[label]
+            mean = 100 * np.array([m.mean for m in means])
+            error = 100 * np.nan_to_num([m.standard_error for m in means])
+            epochs = np.arange(1, len(means) + 1)
+            axes.errorbar(
+                epochs, mean, error, color=colour, linestyle=line, marker="o", markersize=size, capsize=2, label=label
+            )
+        axes.set_title(name, fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="epoch", ylabel="test accuracy (%)")
+    for axes in panels[len(others) :]:
+        axes.set_axis_off()
+    lines = [
+        Line2D([], [], color=COLOURS[0], linestyle="-", marker="o", markersize=6),
+        Line2D([], [], color=COLOURS[1], linestyle="--", marker="o", markersize=3),
+    ]
+    figure.legend(
+        lines, [baseline, "the panel's condition"], loc="outside lower center", ncols=2,
+        title="mean over seeds, bars: standard error",
+    )  # fmt: skip
+    figure.suptitle(title)
     return _save(figure, path)
 
 

@@ -25,60 +25,111 @@ def test_mean_and_standard_error() -> None:
     assert str(single) == "50.00"
 
 
+def test_confidence_interval() -> None:
+    # t(0.975, 2) = 4.3027 by any table.
+    low, high = figures.mean_over_seeds([0.90, 0.92, 0.97]).interval
+    half = 4.3027 * math.sqrt(0.0013 / 3)
+    assert low == pytest.approx(0.93 - half, abs=1e-5)
+    assert high == pytest.approx(0.93 + half, abs=1e-5)
+    assert figures.mean_over_seeds([0.5]).interval == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("claim", "differences", "expected"),
+    [
+        ("equivalent", [0.001, -0.001, 0.0], "holds"),
+        ("equivalent", [-0.031, -0.030, -0.029], "does not hold: -3.0 points"),
+        ("equivalent", [-0.011, -0.009, -0.010], "open: 3 seeds cannot tell"),
+        ("equivalent", [0.0], "open: 1 seed cannot tell"),
+        ("destroyed", [-0.80, -0.79, -0.81], "holds"),  # of 0.9 with chance 0.1: half of what was learned is 0.4
+        ("destroyed", [-0.02, -0.03, -0.01], "does not hold: -2.0 points"),
+        ("destroyed", [-0.45, -0.30, -0.50], "open: 3 seeds cannot tell"),
+    ],
+)
+def test_verdict_on_a_claim(claim: figures.Claim, differences: list[float], expected: str) -> None:
+    assert figures.verdict(claim, figures.mean_over_seeds(differences), reference=0.9, chance=0.1) == expected
+
+
+NAMES = ["backprop", "baseline", "d"] * 2
+
+
 def runs() -> list[FinishedRun]:
-    accuracies = {"ar": [(0.5, 0.80), (0.6, 0.90)], "backprop": [(0.5, 0.85), (0.6, 0.89)]}
-    seconds = {"ar": 3.0, "backprop": 2.0}
+    accuracies = {
+        "backprop": [(0.5, 0.85), (0.6, 0.89)],
+        "baseline": [(0.5, 0.80), (0.6, 0.90)],
+        "d": [(0.1, 0.12), (0.1, 0.10)],
+    }
+    seconds = {"backprop": 2.0, "baseline": 3.0, "d": 4.0}
     return [
         FinishedRun(
-            RunConfig(rule=rule, seed=seed, epochs=2),
+            RunConfig(
+                rule=figures.CONDITIONS[name].rule, frozen=figures.CONDITIONS[name].frozen, seed=i // 3, epochs=2
+            ),
             [
-                EpochMetrics(epoch=i, train_loss=1, test_accuracy=a, seconds=seconds[rule])
-                for i, a in enumerate(accuracies[rule][seed], 1)
+                EpochMetrics(epoch=epoch, train_loss=1, test_accuracy=a, seconds=seconds[name])
+                for epoch, a in enumerate(accuracies[name][i // 3], 1)
             ],
         )
-        for seed in (0, 1)
-        for rule in ("ar", "backprop")
+        for i, name in enumerate(NAMES)
     ]
 
 
-def test_the_table_and_the_paired_difference() -> None:
-    rows = figures.summarise(runs())
-    assert figures.table(rows) == [
-        ("Activation Relaxation", "85.00 ± 5.00", "2", "6.0", "1.50×"),
-        ("Backpropagation", "87.00 ± 2.00", "2", "4.0", "1.00×"),
+def test_the_table_and_the_paired_differences() -> None:
+    rows = figures.summarise(NAMES, runs(), chance=0.1)
+    assert [row[:4] for row in figures.table(rows)] == [
+        ("Backpropagation", "87.00 ± 2.00", "2", "1.0×"),
+        ("Activation Relaxation", "85.00 ± 5.00", "2", "1.5×"),
+        ("d: presynaptic x in the update", "11.00 ± 1.00", "2", "2.0×"),
     ]
+    reference, baseline, d = rows
+    assert reference.difference is None
     # Differences −0.05 and 0.01: mean −0.02, standard deviation 0.06/√2, over √2.
-    difference = figures.paired_difference(rows)
-    assert difference.mean == pytest.approx(-0.02)
-    assert difference.standard_error == pytest.approx(0.03)
-    assert difference.n == 2
+    for row, mean, error in ((baseline, -0.02, 0.03), (d, -0.74, 0.06)):  # d's is to the baseline
+        assert row.difference is not None
+        assert row.difference.mean == pytest.approx(mean)
+        assert row.difference.standard_error == pytest.approx(error)
+        assert row.difference.n == 2
 
 
-def test_the_demos_files_hold_its_results(tmp_path: Path) -> None:
-    written = figures.write_demo(runs(), data.load("digits"), tmp_path, "relaxprop reproduce demo")
+def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
+    digits = data.load("digits")
+    _, written = figures.write_conditions("Figure", NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["command"] == "relaxprop reproduce demo"
-    assert summary["results"]["ar"]["test_accuracy_by_seed"] == [0.80, 0.90]
-    assert summary["paired_difference"]["mean"] == pytest.approx(-0.02)
-    assert len(summary["runs"]) == 4
+    assert summary["results"]["baseline"]["test_accuracy_by_seed"] == [0.80, 0.90]
+    assert summary["results"]["baseline"]["paired_difference"]["mean"] == pytest.approx(-0.02)
+    assert summary["results"]["d"]["paired_difference"]["claim"] == "destroyed"
+    assert len(summary["runs"]) == 6
     rows = list(csv.DictReader((tmp_path / "accuracy.csv").read_text().splitlines()))
-    assert [(r["rule"], r["epoch"], r["test_accuracy"]) for r in rows][:2] == [
-        ("ar", "1", "0.550000"),
-        ("ar", "2", "0.850000"),
+    assert [(r["condition"], r["epoch"], r["test_accuracy"]) for r in rows][:2] == [
+        ("backprop", "1", "0.550000"),
+        ("backprop", "2", "0.870000"),
     ]
-    for name in ("accuracy.png", "convergence.png"):
-        pixels = np.asarray(plt.imread(tmp_path / name))
-        assert pixels.std() > 0.02  # something is drawn
+    pixels = np.asarray(plt.imread(tmp_path / "accuracy.png"))
+    assert pixels.std() > 0.02  # something is drawn
 
 
-def test_runs_share_start_and_minibatches_by_seed() -> None:
-    configs = figures.demo_runs("digits", seeds=2, epochs=1)
-    assert [(c.rule, c.seed) for c in configs] == [("ar", 0), ("backprop", 0), ("ar", 1), ("backprop", 1)]
+def test_the_runs_of_a_figure() -> None:
+    planned = figures.condition_runs("digits", seeds=2, epochs=1)
+    assert [(name, config.seed) for name, config in planned] == [(n, s) for s in (0, 1) for n in figures.CONDITIONS]
+    assert len({config.id for _, config in planned}) == 12
+    for name, config in planned:
+        assert config.solver == ("euler" if name in ("a", "c") else "closed-form")
+        if name != "backprop":
+            assert (config.solver_options["step_size"], config.solver_options["num_steps"]) == (0.1, 100)
+
+
+def test_the_runs_of_a_figure_as_coded() -> None:
+    planned = dict(figures.condition_runs("digits", seeds=1, epochs=1, as_coded=True))
+    assert all(config.left_out == 2 for config in planned.values())
+    assert all(planned[name].solver_options["order"] == "sequential" for name in ("baseline", "a", "b", "c", "d"))
+    assert [name for name, config in planned.items() if not config.frozen.input] == ["d"]
 
 
 def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:
-    configs, digits = figures.demo_runs("digits", seeds=1, epochs=2), data.load("digits")
+    planned = figures.condition_runs("digits", seeds=1, epochs=2)
+    configs, digits = [config for name, config in planned if name in ("baseline", "backprop")], data.load("digits")
     for _ in range(2):
         counted: list[int] = []
         finished = run_all(configs, digits, root=tmp_path, on_epoch=counted.append)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from relaxprop.frozen import Frozen
 from relaxprop.lab import data, training
-from relaxprop.lab.data import Dataset, Split
+from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.models import build
 from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig
 from relaxprop.lab.training import accuracy, minibatches, train
-from relaxprop.relaxation import NonFiniteStateError
+from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Euler
 
 
@@ -62,6 +63,40 @@ def test_the_closed_form_trains_like_the_steps_that_it_replaces(digits: Dataset)
     closed = train(small(2, solver="closed-form", solver_options=options), digits)
     steps = train(small(2, solver="euler", solver_options=options), digits)
     assert [m.train_loss for m in closed] == pytest.approx([m.train_loss for m in steps], rel=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["euler", "continuous"])
+def test_an_unfrozen_run_trains_with_what_it_names(digits: Dataset, solver: str) -> None:
+    """One minibatch by hand, by the library's own wrapper."""
+    frozen = Frozen(relaxation_derivative=False, update_derivative=False)
+    options: dict[str, object] = {"duration": 0.5} if solver == "continuous" else {"num_steps": 5}
+    config = small(1, frozen=frozen, solver=solver, solver_options=options, batch_size=320)
+    model = build("mlp", digits, seed=0)
+    relaxed = ActivationRelaxation(model, solver=config.build_solver(), frozen=frozen)
+    target = torch.eye(10)[digits.train.labels]
+    ((relaxed(digits.train.images) - target) ** 2).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0005).step()
+    (metrics,) = train(config, digits)
+    assert metrics.test_accuracy == pytest.approx(accuracy(model, digits.test), abs=2 / 360)
+
+
+def test_the_last_minibatches_can_be_left_out(digits: Dataset) -> None:
+    config = small(1, rule="backprop", left_out=2)
+    assert [len(rows) for rows in minibatches(320, config, 1)] == [64] * 3
+    assert [len(rows) for rows in minibatches(321, config, 1)] == [64] * 4
+    (metrics,) = train(config, digits)  # 360 test images are 6 minibatches
+    assert metrics.test_accuracy * 256 == pytest.approx(round(metrics.test_accuracy * 256))
+    with pytest.raises(DataError, match="left_out=5 minibatches of 64 are all that digits has"):
+        train(small(1, left_out=5), digits)
+
+
+def test_a_solver_that_cannot_follow_the_jacobians_is_refused() -> None:
+    frozen = {"relaxation_derivative": False}
+    assert small(frozen=frozen).solver == "euler"
+    assert small(rule="backprop", frozen=frozen) == small(rule="backprop")
+    for solver in ("closed-form", "equilibrium"):
+        with pytest.raises(ValidationError, match="relaxation_derivative=False"):
+            small(frozen=frozen, solver=solver)
 
 
 def test_minibatches_visit_every_sample_once_and_differ_by_epoch_and_seed() -> None:
