@@ -12,21 +12,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
+from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.lab import models
 from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.records import environment
 from relaxprop.lab.training import squared_error
+from relaxprop.recording import Recorder, find_vertices
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
 
 BASELINE = "backpropagation"
 MNIST_SHAPE = (1, 28, 28)
+EULER_STEPS = 10
+UPDATES = {"b": Frozen(update_derivative=False), "d": Frozen(update_activity=False)}  # the paper's conditions
 Step = Callable[[], None]
 
 
@@ -41,6 +46,14 @@ class StepCost(BaseModel):
     memory_ratio: float  # to backpropagation's
 
 
+class Ratio(BaseModel):
+    """What a part of Activation Relaxation costs beside its least work."""
+
+    what: str
+    least: str
+    ratio: float  # median of the ratios in the same round
+
+
 class Benchmark(BaseModel):
     """All rules on one model."""
 
@@ -51,6 +64,7 @@ class Benchmark(BaseModel):
     rounds: int
     environment: dict[str, Any]
     costs: list[StepCost]
+    ratios: list[Ratio]
 
 
 def solvers() -> dict[str, Solver]:
@@ -73,14 +87,13 @@ def run(
     on_round: Callable[[], None] = lambda: None,
 ) -> Benchmark:
     """Measures the training step of backpropagation and of each solver on random images of MNIST's size."""
-    steps = {
-        name: _training_step(model, solver, batch_size, device)
-        for name, solver in ({BASELINE: None} | solvers()).items()
-    }
+    problem = _Problem(model, batch_size, device)
+    rules = {name: problem.training_step(solver) for name, solver in ({BASELINE: None} | solvers()).items()}
+    steps = rules | problem.parts()
     for step in steps.values():
         for _ in range(3):
             step()
-    memory = {name: _peak_bytes(step, device) for name, step in steps.items()}
+    memory = {name: _peak_bytes(step, device) for name, step in rules.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     gc.collect()
     gc.disable()  # a collection would fall on one rule's step
@@ -98,7 +111,8 @@ def run(
         device=str(device),
         rounds=rounds,
         environment=environment(),
-        costs=[_cost(name, times, memory) for name in steps],
+        costs=[_cost(name, times, memory) for name in rules],
+        ratios=_ratios(times),
     )
 
 
@@ -124,24 +138,111 @@ def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]
     )
 
 
-def _training_step(model: str, solver: Solver | None, batch_size: int, device: torch.device | str) -> Step:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch_size, *MNIST_SHAPE, generator=generator)
-    labels = torch.randint(10, (batch_size,), generator=generator)
-    dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels)).to(device)
-    network: nn.Module = models.build(model, dataset, seed=0).to(device)
-    trained = network if solver is None else ActivationRelaxation(network, solver=solver)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0005)
-    inputs = dataset.train.images
-    targets = nn.functional.one_hot(dataset.train.labels, 10).to(inputs.dtype)
+def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
+    def median(what: str, *least: str, per: int = 1) -> float:
+        rounds = zip(times[what], *(times[name] for name in least), strict=True)
+        return statistics.median([row[0] / per / sum(row[1:]) for row in rounds])
 
-    def step() -> None:
-        loss = squared_error(trained(inputs), targets)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+    baseline = str(next(name for name in times if name.startswith("ClosedForm")))
+    return [
+        Ratio(
+            what="a step of Euler",
+            least="an activation-only backward pass",
+            ratio=median("Euler steps", "backward", per=EULER_STEPS),
+        ),
+        Ratio(
+            what="a step of Euler, the derivative unfrozen",
+            least="a forward and an activation-only backward pass",
+            ratio=median("unfrozen Euler steps", "forward and backward", per=EULER_STEPS),
+        ),
+        *(
+            Ratio(
+                what=f"a training step under condition {name}",
+                least=f"one of {baseline} and a forward pass",
+                ratio=median(f"condition {name}", baseline, "forward"),
+            )
+            for name in UPDATES
+        ),
+    ]
 
-    return step
+
+class _Problem:
+    """A network on random images of MNIST's size, and what there is to do with it."""
+
+    def __init__(self, model: str, batch_size: int, device: torch.device | str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(batch_size, *MNIST_SHAPE, generator=generator)
+        labels = torch.randint(10, (batch_size,), generator=generator)
+        dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels))
+        self.dataset, self.model, self.device = dataset.to(device), model, device
+        self.inputs = self.dataset.train.images
+        self.targets = nn.functional.one_hot(self.dataset.train.labels, 10).to(self.inputs.dtype)
+
+    def network(self) -> nn.Module:
+        return models.build(self.model, self.dataset, seed=0).to(self.device)
+
+    def training_step(self, solver: Solver | None, frozen: Frozen = ALL_FROZEN) -> Step:
+        """Forward pass, backward pass or relaxation phase, update."""
+        network = self.network()
+        trained = network if solver is None else ActivationRelaxation(network, solver=solver, frozen=frozen)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.0005)
+
+        def step() -> None:
+            loss = squared_error(trained(self.inputs), self.targets)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return step
+
+    def parts(self) -> dict[str, Step]:
+        """Steps of Euler and conditions of the update, and the passes that are the least which they take."""
+        network = self.network()
+        vertices = find_vertices(network, "activations")
+        closed_form = next(s for s in solvers().values() if isinstance(s, ClosedForm))
+
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            activities: list[Tensor] = []
+            handles = [m.register_forward_hook(lambda m, args, y: activities.append(y)) for m in vertices]
+            output = network(self.inputs)
+            for handle in handles:
+                handle.remove()
+            return squared_error(output, self.targets), activities
+
+        def forward_and_backward() -> None:
+            loss, activities = forward()
+            torch.autograd.grad(loss, activities)
+
+        def plain_forward() -> None:
+            network(self.inputs)
+
+        kept_loss, kept_activities = forward()
+
+        def backward() -> None:
+            torch.autograd.grad(kept_loss, kept_activities, retain_graph=True)
+
+        return {
+            "forward": plain_forward,
+            "backward": backward,
+            "forward and backward": forward_and_backward,
+            "Euler steps": self._euler_steps(network, ALL_FROZEN),
+            "unfrozen Euler steps": self._euler_steps(network, Frozen(relaxation_derivative=False)),
+            **{f"condition {name}": self.training_step(closed_form, frozen) for name, frozen in UPDATES.items()},
+        }
+
+    def _euler_steps(self, network: nn.Module, frozen: Frozen) -> Step:
+        recorder = Recorder(frozen=frozen)
+        for _ in range(2):  # the first pass learns where copies are needed
+            recording = recorder.record(network, find_vertices(network, "activations"), [self.inputs])
+        (output,) = recording.graph.outputs
+        recording.graph.drive_outputs([2 * (output.detach() - self.targets)])
+        euler, initial = Euler(), recording.graph.initial_states()
+
+        def step() -> None:
+            for _ in islice(euler.trajectory(recording.graph, initial), EULER_STEPS):
+                pass
+
+        return step
 
 
 def _seconds(step: Step, device: torch.device | str) -> float:

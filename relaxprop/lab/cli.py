@@ -287,6 +287,8 @@ def bench(
     console.print(
         "memory: most that is allocated at one time in a step, its ratio to backpropagation's", soft_wrap=True
     )
+    for ratio in measured.ratios:
+        console.print(f"{ratio.what}: {ratio.ratio:.2f} × {ratio.least}", soft_wrap=True, highlight=False)
     if json is not None:
         records.write_atomically(json, measured.model_dump_json(indent=2) + "\n")
         _print_paths([json])

@@ -193,6 +193,8 @@ def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
         assert part in text
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert len(written["costs"]) == 4
+    assert len(written["ratios"]) == 4
+    assert all(ratio["what"] in text for ratio in written["ratios"])
     assert written["environment"]["processor"]
 
 
