@@ -140,8 +140,9 @@ def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]
 
 def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
     def median(what: str, *least: str, per: int = 1) -> float:
-        rounds = zip(times[what], *(times[name] for name in least), strict=True)
-        return statistics.median([row[0] / per / sum(row[1:]) for row in rounds])
+        seconds = zip(times[what], *(times[name] for name in least), strict=True)
+        ratios: list[float] = [row[0] / per / sum(row[1:]) for row in seconds]
+        return statistics.median(ratios)
 
     baseline = str(next(name for name in times if name.startswith("ClosedForm")))
     return [
