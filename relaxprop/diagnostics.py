@@ -20,6 +20,7 @@ from torch import Tensor
 
 from relaxprop.derivatives import restored
 from relaxprop.feedback import symmetric
+from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
 from relaxprop.recording import find_vertices, map_tensors
 from relaxprop.relaxation import ActivationRelaxation
@@ -129,9 +130,15 @@ def convergence(
 
     Raises:
         TypeError: ``model`` is not wrapped, or the loss is no scalar.
-        ValueError: no solver is given and the model's own has no steps to follow.
+        ValueError: no solver is given and the model's own has no steps to follow; or not everything is frozen, where
+            the gradient is no sum over hops.
     """
     _check_model(model)
+    if model.frozen != ALL_FROZEN:
+        raise ValueError(
+            f"convergence follows the relaxation with everything frozen, got a model with frozen={model.frozen}: wrap "
+            "its module (model.module) without frozen, or compare the outcome by alignment"
+        )
     followed = model.solver if solver is None else solver
     euler = followed if isinstance(followed, Euler) else followed.replay() if isinstance(followed, Solver) else None
     if euler is None:

@@ -36,7 +36,11 @@ class Frozen:
         update_derivative: f' in equation (2), at the end of the relaxation phase if unfrozen.
         update_activity: the presynaptic activity x̄^l in equation (2), likewise.
         input: the input. Unfrozen, it relaxes like any vertex, from the data on, as in the authors' code for d: a
-            setting for tests of the paper, since no brain can relax the world. It needs one of the others unfrozen.
+            setting for tests of the paper, since no brain can relax the world. It needs one of the others unfrozen, and
+            means every argument of floating-point numbers.
+
+    PyTorch's random state, buffers, autocast and the training mode are the feedforward pass's own in every later run of
+    the model; what else a model or its hooks do (draw from another generator, count on an attribute), they do again.
 
     Raises:
         TypeError: a value that is no bool.

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 from relaxprop.derivatives import Phase
@@ -55,6 +55,13 @@ _AccumulateGrad: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)
 Gradients = tuple[Tensor | None, ...]
 
 
+class Layer(NamedTuple):
+    """A call of a module with parameters of its own."""
+
+    module: nn.Module
+    output: GradientEdge
+
+
 @dataclass(frozen=True)
 class Linearisation:
     """One run of the model, its graph cut at every vertex: where Jacobians are taken.
@@ -62,13 +69,12 @@ class Linearisation:
     Attributes:
         cuts: by vertex of the feedforward pass, the vertex in this run.
         outputs: the tensors of the model's result that require grad.
-        layers: what the modules with parameters of their own returned, in the order of their calls; recorded where the
-            update is split.
+        layers: in the order of their calls; recorded where the update is split.
     """
 
     cuts: Mapping[Vertex, Vertex]
     outputs: Sequence[Tensor]
-    layers: Sequence[GradientEdge] = ()
+    layers: Sequence[Layer] = ()
 
 
 class Graph:
@@ -257,11 +263,14 @@ class Graph:
             ValueError: the factors differ and a parameter is read outside of the module that it belongs to.
         """
         frozen, stored = self.frozen, self.stored
-        current = stored if frozen == ALL_FROZEN else self._current(states)
-        relaxation = stored if frozen.relaxation_derivative else current
+        update_is_stored = frozen.update_derivative and frozen.update_activity
+        current = stored
+        if not update_is_stored or (inputs and not frozen.relaxation_derivative):
+            current = self._current(states)
+        relaxation = stored if frozen.relaxation_derivative or not inputs else current
         derivative = stored if frozen.update_derivative else current
         activity = stored if frozen.update_activity else current
-        if relaxation is derivative is activity and not self.phase.differs:
+        if relaxation is derivative is activity and not (inputs and self.phase.differs):
             return self.gradients(states, [*inputs, *parameters], at=activity, retain_graph=retain_graph)
         errors: Gradients = ()
         if inputs:
@@ -277,32 +286,37 @@ class Graph:
         linearisation, and ``∂u/∂W``, which holds the presynaptic activity, from the other."""
         pushed = [*self._driven(derivative), *_pushed(states, derivative)]
         with self.phase.update(True), _without_hooks(parameters):
-            errors = _vector_jacobian_product(pushed, derivative.layers)
+            errors = _vector_jacobian_product(pushed, [layer.output for layer in derivative.layers])
             self._check_layers(activity, parameters)
             # What a layer passes on to the layers before it has the activity's derivatives: the errors replace it.
-            with _replaced_gradients(dict(zip(activity.layers, errors, strict=True))):
-                pairs = [(u, e) for u, e in zip(activity.layers, errors, strict=True) if e is not None]
-                return _vector_jacobian_product(pairs, parameters)
+            pairs = [(layer.output, e) for layer, e in zip(activity.layers, errors, strict=True)]
+            with _replaced_gradients(pairs):
+                return _vector_jacobian_product([(u, e) for u, e in pairs if e is not None], parameters)
 
     def _check_layers(self, at: Linearisation, parameters: Sequence[Tensor]) -> None:
-        """Refuse parameters that are reached through no layer: where their derivative ends, nobody can say."""
-        trained = {id(p): p for p in parameters}
-        seen: set[Node] = {u.node for u in at.layers}
+        """Refuse parameters that are read outside of their layers: where their derivative ends, nobody can say."""
+        trained = {id(p) for p in parameters}
+        layers: dict[Node, set[int]] = {}  # what each may read; a module may return what another did
+        for module, output in at.layers:
+            layers.setdefault(output.node, set()).update(map(id, module.parameters()))
         ends = [y for y, _ in self._driven(at)] + [at.cuts[v].output for v in self.vertices]
-        stack = [get_gradient_edge(end).node for end in ends]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if type(node) is _AccumulateGrad and id(variable := cast(Any, node).variable) in trained:
-                raise ValueError(
-                    f"frozen: a parameter of shape {tuple(variable.shape)} is read outside of a call of the module "
-                    "that it belongs to (as weights tied in a function, or in a module with layers of its own), so the "
-                    "derivative and the presynaptic activity of its update cannot be told apart: freeze or unfreeze "
-                    "update_derivative and update_activity together, or read it in a module of its own"
-                )
-            stack += [above for above, _ in node.next_functions if above is not None]
+        between = {get_gradient_edge(end).node for end in ends} - layers.keys()
+        starts = [([*between], set[int]())]
+        starts += [([node], own) for node, own in layers.items()]
+        for stack, own in starts:
+            seen = set(stack)
+            while stack:
+                node = stack.pop()
+                if type(node) is _AccumulateGrad and id(variable := cast(Any, node).variable) in trained - own:
+                    raise ValueError(
+                        f"frozen: a parameter of shape {tuple(variable.shape)} is read outside of a call of the module "
+                        "that it belongs to (as weights tied in a function, or in a module with layers of its own), so "
+                        "the derivative and the presynaptic activity of its update cannot be told apart: freeze or "
+                        "unfreeze update_derivative and update_activity together, or read it in a module of its own"
+                    )
+                above = {node for node, _ in node.next_functions if node is not None} - layers.keys() - seen
+                seen |= above
+                stack += above
 
     def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex], at: Linearisation) -> States:
         arrived = _vector_jacobian_product(pushed, [at.cuts[v].leaf for v in onto])
@@ -350,10 +364,10 @@ def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_gradients(gradients: Mapping[GradientEdge, Tensor | None]) -> Iterator[None]:
+def _replaced_gradients(gradients: Sequence[tuple[GradientEdge, Tensor | None]]) -> Iterator[None]:
     """Within it, whatever gradient arrives at an edge is replaced by the given one; None stands for zero."""
     by_node: dict[Node, dict[int, Tensor | None]] = {}
-    for edge, gradient in gradients.items():
+    for edge, gradient in gradients:
         by_node.setdefault(edge.node, {})[edge.output_nr] = gradient
 
     def hook(own: dict[int, Tensor | None]) -> Callable[[Sequence[Tensor | None]], Any]:

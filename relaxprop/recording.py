@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.parametrize import is_parametrized
 
 # PyTorch has no public name for its nested structures; Hugging Face registers its output classes with this one.
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from relaxprop.derivatives import Phase, current_phase
 from relaxprop.frozen import ALL_FROZEN, Frozen
-from relaxprop.graph import Graph, Linearisation, States, Vertex
+from relaxprop.graph import Graph, Layer, Linearisation, States, Vertex
 from relaxprop.surroundings import Surroundings
 
 Granularity = Literal["activations", "modules"]
@@ -119,6 +119,8 @@ class Recorder:
         # on a leaf, and it would change x̄. So a module's first outputs are handed on as copies, and if one was written
         # to, the later ones too.
         self.overwritten: dict[str, bool] = {}
+        # A layer's output that is a view loses its place in the graph when it is written to, unless it is a copy.
+        self.copies_views = True
         self.known: set[int] = set()  # ids of the model's parameters, to find a foreign tensor
 
     def record(
@@ -197,6 +199,7 @@ class _Pass:
         if self.surroundings is not None:
             self.surroundings.passed()
             self.constant = run.constant() if not self.surroundings.draws else {}
+            self.recorder.copies_views = any(x.overwritten for x in run.noted)
         if outputs and not run.calls:
             warnings.warn(
                 f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
@@ -208,6 +211,7 @@ class _Pass:
         for handed in run.handed_on.values():
             overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
         self.recorded, self.num_layers = run.vertices, len(run.layers)
+        self.shapes = [x.shape for x in outputs]
         graph = Graph(
             Linearisation({v: v for v in run.vertices}, outputs, run.layers),
             self.phase,
@@ -233,17 +237,14 @@ class _Pass:
             RuntimeError: the model took another path than in the feedforward pass, or what it read has changed.
         """
         assert self.surroundings is not None
-        values = [states[v].to(v.leaf.dtype) if v in states else v.leaf for v in self.recorded]
-        run = _Run(self, values)
-        with self.surroundings.restored(), _returning(self.constant), torch.enable_grad():
+        run = _Run(self, [_laid_out_as(v.leaf, states[v]) if v in states else v.leaf for v in self.recorded])
+        # What was written to since has to be computed again.
+        constant = {m: calls for m, calls in self.constant.items() if not any(x.overwritten for x in calls)}
+        with self.surroundings.restored(), _returning(constant), torch.enable_grad():
             _, outputs = run.call()
-        stored = [(v.name, v.leaf.shape) for v in self.recorded]
-        if [(v.name, v.leaf.shape) for v in run.vertices] != stored or len(run.layers) != self.num_layers:
-            raise RuntimeError(
-                "frozen: run again at the current states, the model called other modules than in the feedforward pass, "
-                "so no Jacobian stands for the same vertex: a model whose path depends on its activities needs "
-                "everything frozen"
-            )
+        lengths = len(run.vertices), len(run.layers)
+        if lengths != (len(self.recorded), self.num_layers) or [x.shape for x in outputs] != self.shapes:
+            raise _other_path()
         return Linearisation(dict(zip(self.recorded, run.vertices, strict=True)), outputs, run.layers)
 
 
@@ -258,7 +259,8 @@ class _Run:
         self.of = of
         self.values = values
         self.vertices: list[Vertex] = []
-        self.layers: list[GradientEdge] = []
+        self.layers: list[Layer] = []
+        self.noted: list[_HandedOn] = []
         self.above: dict[nn.Module, list[_HandedOn]] = {}  # what layers returned before there was a vertex
         self.below: set[nn.Module] = set()  # the layers that were called later
         self.calls: dict[str, int] = {}
@@ -301,23 +303,32 @@ class _Run:
         return self._hand_on(x, "input")
 
     def _note_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # What a module returns of its own parameter is no operation: a view is one.
-        output = map_tensors(lambda x: x.view_as(x) if x.is_leaf and x.requires_grad else x, output)
         if self.of.recorder.frozen.splits_update:
-            self.layers += [get_gradient_edge(x) for x in tensors_requiring_grad(output)]
+            output = map_tensors(self._note, output)
+            self.layers += [Layer(module, get_gradient_edge(x)) for x in tensors_requiring_grad(output)]
         if self.values is None and (self.vertices or not isinstance(output, Tensor)):
             self.below.add(module)
         elif self.values is None:
             self.above.setdefault(module, []).append(_HandedOn("", output, output, output._version))
         return output
 
-    def constant(self) -> dict[nn.Module, list[Tensor]]:
+    def _note(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x
+        if x.is_leaf:  # a parameter as it is: a view is an operation
+            x = x.view_as(x)
+        if x._is_view():
+            x = x.clone() if self.of.recorder.copies_views else x
+            self.noted.append(_HandedOn("", x, x, x._version))
+        return x
+
+    def constant(self) -> dict[nn.Module, list[_HandedOn]]:
         """What the layers above all vertices returned, call by call: no state changes it, so no later run needs to
         compute it again. These layers read the input, and are often the most expensive ones."""
         return {
-            layer: [x.tensor for x in returned]
+            layer: returned
             for layer, returned in self.above.items()
-            if layer not in self.below and not any(x.overwritten for x in returned) and not _has_own_hooks(layer)
+            if layer not in self.below and not self.above.keys() & set(layer.children()) and not _has_own_hooks(layer)
         }
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -335,8 +346,12 @@ class _Run:
         if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
             return output  # it is a vertex already
         value = output
-        if self.values is not None and len(self.vertices) < len(self.values):
-            value = self.values[len(self.vertices)]
+        if self.values is not None:
+            place = len(self.vertices)
+            recorded = self.of.recorded[place] if place < len(self.values) else None
+            if recorded is None or (recorded.name, recorded.leaf.shape) != (name, output.shape):
+                raise _other_path()
+            value = self.values[place]
         leaf = value.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, leaf))
         return self._hand_on(leaf, origin)
@@ -356,10 +371,10 @@ class _Run:
 
 def find_layers(module: nn.Module) -> list[nn.Module]:
     """The modules with parameters of their own; what computes a parametrized weight is part of its layer."""
-    owners = {m for m in module.modules() if is_parametrized(m)}
-    within = {part for owner in owners for part in cast(nn.Module, owner.parametrizations).modules()}
-    owners |= {m for m in module.modules() if any(True for _ in m.parameters(recurse=False))}
-    return [m for m in module.modules() if m in owners - within]
+    modules = list(module.modules())
+    parametrized = [m for m in modules if "parametrizations" in m._modules and is_parametrized(m)]
+    within = {part for m in parametrized for part in cast(nn.Module, m.parametrizations).modules()}
+    return [m for m in modules if (m._parameters or m in parametrized) and m not in within]
 
 
 def _has_own_hooks(module: nn.Module) -> bool:
@@ -368,16 +383,49 @@ def _has_own_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _returning(outputs: Mapping[nn.Module, list[Tensor]]) -> Iterator[None]:
+def _returning(returned: Mapping[nn.Module, list[_HandedOn]]) -> Iterator[None]:
     """Within it, calls of these modules return, one after the other, what is given."""
-    for module, given in outputs.items():
-        calls = iter(given)
-        vars(module)["forward"] = lambda *args, calls=calls, **kwargs: next(calls)
+    handles = []
+    for module, given in returned.items():
+        called, outputs = list[bool](), iter(given)
+
+        def announce(module: nn.Module, args: Any, called: list[bool] = called) -> None:
+            called.append(True)
+
+        def forward(
+            *args: Any,
+            own: Any = module.forward,
+            called: list[bool] = called,
+            outputs: Iterator[_HandedOn] = outputs,
+            **kwargs: Any,
+        ) -> Any:
+            # Who calls forward directly was not noticed when the outputs were recorded either.
+            stored = next(outputs, None) if called and called.pop() else None
+            return own(*args, **kwargs) if stored is None else stored.tensor
+
+        handles.append(module.register_forward_pre_hook(announce))
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module in outputs:
+        for module, handle in zip(returned, handles, strict=True):
+            handle.remove()
             vars(module).pop("forward", None)
+
+
+def _laid_out_as(leaf: Tensor, state: Tensor) -> Tensor:
+    """The state in an activity's type and memory layout, which the model may rely on (in ``view``)."""
+    if state.dtype == leaf.dtype and state.stride() == leaf.stride():
+        return state
+    return torch.empty_like(leaf, requires_grad=False).copy_(state)
+
+
+def _other_path() -> RuntimeError:
+    return RuntimeError(
+        "frozen: run again at the current states, the model took another path than in the feedforward pass (other "
+        "modules, or other shapes), so no Jacobian stands for the same vertex: a model whose path depends on its "
+        "activities needs everything frozen"
+    )
 
 
 class _HandedOn(NamedTuple):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Surroundings:
@@ -20,36 +22,50 @@ class Surroundings:
     Args:
         module: the model.
         inputs: the tensors among its arguments.
+
+    Raises:
+        ValueError: the model has lazy modules that have not seen an input yet.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
-        self.module = module
-        self.training = [(m, m.training) for m in module.modules()]
-        self.buffers = [
-            (m._buffers, name, buffer, buffer.clone())
-            for m, _ in self.training
-            for name, buffer in m._buffers.items()
-            if buffer is not None
+        modules = list(module.modules())
+        parameters = dict(module.named_parameters())
+        self.training = [(m, m.training) for m in modules]
+        held = [
+            (m._buffers, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
         ]
-        tensors = [*module.parameters(), *inputs]
-        self.devices = sorted({t.get_device() for t in tensors if t.is_cuda})
+        if any(is_lazy(x) for x in (*parameters.values(), *(buffer for *_, buffer in held))):
+            raise ValueError(
+                "frozen: lazy modules take shape in their first forward pass, which could not be run again as it was: "
+                "call the model once under torch.no_grad() before training"
+            )
+        self.buffers = [_Kept(buffers, name, buffer.clone()) for buffers, name, buffer in held]
+        self.inputs = [(f"an input of shape {tuple(x.shape)}", x) for x in inputs]
+        self.fixed = [*((f"the parameter {name!r}", p) for name, p in parameters.items()), *self.inputs]
+        self.versions = [_version(x) for _, x in self.fixed]
+        self.devices = sorted({x.get_device() for _, x in self.fixed if x.is_cuda})
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in (("cpu", "cuda") if self.devices else ("cpu",))
         ]
         self.random = _random_states(self.devices)
         self.draws = False
-        self.fixed = tensors
-        self.versions = [t._version for t in tensors]
 
     def passed(self) -> None:
-        """To be called after the forward pass: what it did not touch need not be put back."""
-        self.draws = any(
-            not torch.equal(before, after)
-            for before, after in zip(self.random, _random_states(self.devices), strict=True)
-        )
-        self.buffers = [kept for kept in self.buffers if kept[0][kept[1]] is not kept[2] or _differ(kept[2], kept[3])]
-        self.versions = [t._version for t in self.fixed]
+        """To be called after the forward pass.
+
+        Raises:
+            ValueError: the model wrote into its input, so that it is gone.
+        """
+        for (what, x), version in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
+            if _version(x) != version:
+                raise ValueError(
+                    f"frozen: the model writes in place into {what}, so it cannot be run again on it, as what is "
+                    "unfrozen needs: let the model work on a copy (x = x.clone())"
+                )
+        now = _random_states(self.devices)
+        self.draws = any(not torch.equal(before, after) for before, after in zip(self.random, now, strict=True))
+        self.versions = [_version(x) for _, x in self.fixed]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -58,11 +74,12 @@ class Surroundings:
         Raises:
             RuntimeError: a parameter or an input was changed in place since the forward pass.
         """
-        if [t._version for t in self.fixed] != self.versions:
-            raise RuntimeError(
-                "a parameter or an input of the model was changed in place since the forward pass, which has to be run "
-                "again for what frozen leaves unfrozen: call backward() before optimizer.step(), and change copies"
-            )
+        for (what, x), version in zip(self.fixed, self.versions, strict=True):
+            if _version(x) != version:
+                raise RuntimeError(
+                    f"frozen: {what} was changed in place since the forward pass, which has to be run again for what "
+                    "is unfrozen: call backward() before optimizer.step(), and change copies"
+                )
         with ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
@@ -71,19 +88,32 @@ class Surroundings:
                 stack.enter_context(torch.random.fork_rng(self.devices))
                 _set_random_states(self.devices, self.random)
             changed = [(m, m.training) for m, training in self.training if m.training != training]
-            own = [(buffers, name, buffers[name]) for buffers, name, _, _ in self.buffers]
+            present = [kept.buffers[kept.name] for kept in self.buffers]
             try:
                 for module, training in changed:
                     module.training = not training
                 # Other tensors in their place, since a write into them would be one into what is saved for backward.
-                for buffers, name, _, value in self.buffers:
-                    buffers[name] = value.clone()
+                for kept in self.buffers:
+                    kept.buffers[kept.name] = kept.value.clone()
                 yield
             finally:
-                for buffers, name, buffer in own:
-                    buffers[name] = buffer
+                for kept, buffer in zip(self.buffers, present, strict=True):
+                    kept.buffers[kept.name] = buffer
                 for module, training in changed:
                     module.training = training
+
+
+class _Kept(NamedTuple):
+    """A buffer of a module and what it held before the forward pass."""
+
+    buffers: dict[str, Tensor | None]
+    name: str
+    value: Tensor
+
+
+def _version(x: Tensor) -> int:
+    """How often the tensor was written to; those made for inference do not count that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _random_states(devices: Sequence[int]) -> list[Tensor]:
@@ -94,7 +124,3 @@ def _set_random_states(devices: Sequence[int], states: Sequence[Tensor]) -> None
     torch.set_rng_state(states[0])
     for device, state in zip(devices, states[1:], strict=True):
         torch.cuda.set_rng_state(state, device)
-
-
-def _differ(buffer: Tensor, value: Tensor) -> bool:
-    return not torch.equal(buffer, value)

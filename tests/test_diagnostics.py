@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, alignment, convergence
+from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen, alignment, convergence
 from relaxprop.transients import Order
 from tests.helpers import (
     PROBLEMS,
@@ -205,3 +205,9 @@ def test_literal_networks_agree_with_autograd() -> None:
             assert found is not None
             assert g is not None
             assert distance(found, g) < 1e-13
+
+
+def test_convergence_wants_everything_frozen() -> None:
+    model = ActivationRelaxation(mlp(4, 5, 2), frozen=Frozen(update_activity=False))
+    with pytest.raises(ValueError, match=r"everything frozen, got a model with frozen=Frozen\(.*update_activity=False"):
+        convergence(model, squares, torch.randn(3, 4))
