@@ -4,6 +4,7 @@ from relaxprop.derivatives import drop_derivatives
 from relaxprop.diagnostics import Alignment, Convergence, alignment, convergence
 from relaxprop.feedback import use_feedback
 from relaxprop.frozen import Frozen
+from relaxprop.locality import Locality, describe_locality
 from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
@@ -19,10 +20,12 @@ __all__ = [
     "Equilibrium",
     "Euler",
     "Frozen",
+    "Locality",
     "NonFiniteStateError",
     "Relaxation",
     "alignment",
     "convergence",
+    "describe_locality",
     "drop_derivatives",
     "steps_to_converge",
     "use_feedback",

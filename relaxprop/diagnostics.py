@@ -60,11 +60,11 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) 
     Raises:
         TypeError: ``model`` is not wrapped, or the loss is no scalar.
     """
-    _check_model(model)
+    check_model(model)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
 
     def gradients(forward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-        with _undisturbed(model), torch.enable_grad():
+        with undisturbed(model), torch.enable_grad():
             loss = _scalar(loss_fn(forward(*inputs)))
             return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
@@ -133,7 +133,7 @@ def convergence(
         ValueError: no solver is given and the model's own has no steps to follow; or not everything is frozen, where
             the gradient is no sum over hops.
     """
-    _check_model(model)
+    check_model(model)
     if model.frozen != ALL_FROZEN:
         raise ValueError(
             f"convergence follows the relaxation with everything frozen, got a model with frozen={model.frozen}: wrap "
@@ -143,7 +143,7 @@ def convergence(
     euler = followed if isinstance(followed, Euler) else followed.replay() if isinstance(followed, Solver) else None
     if euler is None:
         raise ValueError(f"solver: {followed} has no steps to follow, pass solver=Euler(step_size, num_steps)")
-    with _undisturbed(model), torch.enable_grad():
+    with undisturbed(model), torch.enable_grad():
         return _follow(euler, *_driven_graph(model, loss_fn, inputs))
 
 
@@ -186,7 +186,7 @@ def _driven_graph(
 
     Parameters whose gradient is zero are left out.
     """
-    with _undisturbed(model), symmetric(model.module), restored(model.module):
+    with undisturbed(model), symmetric(model.module), restored(model.module):
         names = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         loss = _scalar(loss_fn(model.module(*inputs)))
         found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
@@ -200,7 +200,8 @@ def _driven_graph(
 
 
 @contextmanager
-def _undisturbed(model: ActivationRelaxation) -> Iterator[None]:
+def undisturbed(model: ActivationRelaxation) -> Iterator[None]:
+    """Within it, forward passes leave no trace: buffers and the random state are put back."""
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -216,7 +217,12 @@ def _undisturbed(model: ActivationRelaxation) -> Iterator[None]:
                 setattr(module, name, buffer.copy_(value))
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuse what is not wrapped.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(model, ActivationRelaxation):
         raise TypeError(f"model must be an ActivationRelaxation, got {type(model).__name__}: wrap the module first")
 

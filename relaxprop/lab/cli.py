@@ -21,7 +21,7 @@ from relaxprop import __version__
 from relaxprop.frozen import Frozen
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab import data, figures, records
-from relaxprop.lab.data import DATA_VARIABLE, DataError, DatasetName
+from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelName
@@ -49,7 +49,8 @@ class Quantity(StrEnum):  # Typer knows lists of an enumeration, not of literals
     input = "input"
 
 
-DatasetOption = Annotated[DatasetName, typer.Option(help="Data; digits comes with scikit-learn.")]
+DATA_HELP = f"{', '.join(DATASETS)}, or the name of your own folder in --data-dir."
+DatasetOption = Annotated[str, typer.Option(metavar="NAME", help=DATA_HELP)]
 ModelOption = Annotated[ModelName, typer.Option(help="The paper's network.")]
 DataDirOption = Annotated[
     Path | None,
@@ -140,9 +141,7 @@ def reproduce(
     figure: Annotated[
         FigureName, typer.Argument(help="; ".join(f"{name}: {e.title}" for name, e in figures.EXPERIMENTS.items()))
     ],
-    dataset: Annotated[
-        DatasetName | None, typer.Option(help="Data. (default: digits for demo, mnist, fashion_mnist)")
-    ] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help=f"{DATA_HELP} (default: the figure's)")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. (default: 3 for demo, else 10)")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training data. (default: 8 for demo, else 30)")

@@ -2,7 +2,7 @@
 
 `digits` is scikit-learn's (real handwritten digits, 8×8, embedded in that library). The others come from the
 Hugging Face Hub or, offline, from a folder with ``<name>/train.parquet`` and ``<name>/test.parquet`` in the Hub's
-schema.
+schema: a column of images and one of classes. Any data set of that kind in such a folder will do.
 """
 
 from __future__ import annotations
@@ -12,15 +12,29 @@ import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-DatasetName = Literal["digits", "mnist", "fashion_mnist"]
-DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
-HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
+
+class Source(NamedTuple):
+    """Where a data set is at home, and how many images are the whole of it."""
+
+    repository: str
+    configuration: str | None
+    sizes: tuple[int, int]
+
+
+HUB = {
+    "mnist": Source("ylecun/mnist", None, (60_000, 10_000)),
+    "fashion_mnist": Source("zalando-datasets/fashion_mnist", None, (60_000, 10_000)),
+    "cifar10": Source("uoft-cs/cifar10", None, (50_000, 10_000)),
+    "cifar100": Source("uoft-cs/cifar100", None, (50_000, 10_000)),
+    "svhn": Source("ufldl-stanford/svhn", "cropped_digits", (73_257, 26_032)),
+}
+DATASETS = ("digits", *HUB)
 DATA_VARIABLE = "RELAXPROP_DATA"
 
 
@@ -57,6 +71,14 @@ class Dataset:
         """(channels, height, width)."""
         return tuple(self.train.images.shape[1:])
 
+    @property
+    def title(self) -> str:
+        """The name, with the sizes where this is a part of the published data."""
+        sizes = len(self.train), len(self.test)
+        if self.name not in HUB or sizes == HUB[self.name].sizes:
+            return self.name
+        return f"{self.name} (subset: {sizes[0]:,} / {sizes[1]:,} images)"
+
     @cached_property
     def digest(self) -> str:
         """Tells data sets of the same name apart: a subset from the whole, say."""
@@ -76,19 +98,21 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """Loads a data set into memory.
 
     Args:
-        name: one of ``DATASETS``.
+        name: one of ``DATASETS``, or a folder of your own within ``data_dir``.
         data_dir: folder that holds ``<name>/{train,test}.parquet``; by default what the environment variable
             RELAXPROP_DATA names, and without it the Hub.
 
     Raises:
-        ValueError: an unknown name.
         DataError: the data are missing or cannot be read.
     """
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     if name == "digits":
         return _digits()
     folder = data_dir or os.environ.get(DATA_VARIABLE)
+    if name not in HUB and not (folder and (Path(folder) / name).is_dir()):
+        raise DataError(
+            f"dataset must be one of {', '.join(DATASETS)}, or the name of a folder with train.parquet and "
+            f"test.parquet within the folder that --data-dir or {DATA_VARIABLE} names, got {name!r}"
+        )
     return _from_folder(name, Path(folder).resolve()) if folder else _from_hub(name)
 
 
@@ -120,8 +144,8 @@ def _from_folder(name: str, folder: Path) -> Dataset:
         if not path.is_file():
             raise DataError(
                 f"{path} does not exist: the folder given by --data-dir or {DATA_VARIABLE} must hold "
-                f"{name}/train.parquet and {name}/test.parquet in the schema of huggingface.co/datasets/{HUB[name]}; "
-                "without a folder the data are downloaded from there"
+                f"{name}/train.parquet and {name}/test.parquet, each with a column of images and one of classes"
+                + (f"; without a folder the data come from {_page(name)}" if name in HUB else "")
             )
         try:
             splits[split] = _decode(datasets.Dataset(pyarrow.parquet.read_table(path)))
@@ -138,15 +162,19 @@ def _from_hub(name: str) -> Dataset:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(HUB[name])
+        loaded = datasets.load_dataset(HUB[name].repository, HUB[name].configuration)
         splits = {split: _decode(loaded[split]) for split in ("train", "test")}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{name} could not be loaded from huggingface.co/datasets/{HUB[name]} ({type(error).__name__}: {error}). "
+            f"{name} could not be loaded from {_page(name)} ({type(error).__name__}: {error}). "
             f"Offline, pass --data-dir or set {DATA_VARIABLE} to a folder with {name}/train.parquet and "
             f"{name}/test.parquet, or use --dataset digits, which needs no download"
         ) from error
     return _assemble(name, splits)
+
+
+def _page(name: str) -> str:
+    return f"huggingface.co/datasets/{HUB[name].repository}"
 
 
 def _decode(rows: Any) -> tuple[Split, tuple[str, ...]]:
@@ -157,7 +185,11 @@ def _decode(rows: Any) -> tuple[Split, tuple[str, ...]]:
     labels = [c for c, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if not images or not labels:
         raise ValueError(f"it needs an Image and a ClassLabel column, and has {dict(rows.features)}")
-    pixels = np.stack([np.asarray(image) for image in rows[images[0]]])
+    pictures = [np.asarray(image) for image in rows[images[0]]]
+    sizes = sorted({picture.shape for picture in pictures})
+    if len(sizes) > 1:
+        raise ValueError(f"all images must have one size, and these have {', '.join(map(str, sizes[:3]))}, …")
+    pixels = np.stack(pictures)
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     split = Split(

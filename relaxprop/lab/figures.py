@@ -19,7 +19,7 @@ from scipy import stats
 from relaxprop.diagnostics import Convergence, convergence
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.lab import models, plots
-from relaxprop.lab.data import Dataset, DatasetName
+from relaxprop.lab.data import Dataset
 from relaxprop.lab.engine import FinishedRun
 from relaxprop.lab.models import ModelName
 from relaxprop.lab.records import EpochMetrics, Rule, RunConfig, environment, write_atomically
@@ -40,7 +40,7 @@ class Experiment:
     """A figure's data and protocol."""
 
     title: str
-    dataset: DatasetName
+    dataset: str
     seeds: int
     epochs: int
 
@@ -82,7 +82,7 @@ BASELINE, REFERENCE = "baseline", "backprop"
 
 
 def condition_runs(
-    dataset: DatasetName, *, seeds: int, epochs: int, data: str | None = None, as_coded: bool = False
+    dataset: str, *, seeds: int, epochs: int, data: str | None = None, as_coded: bool = False
 ) -> list[tuple[str, RunConfig]]:
     """The runs with the names of their conditions: per seed the same initial weights and minibatches in all of them.
 
@@ -255,7 +255,7 @@ def write_conditions(
     """Writes the table, the figure and what they were made from; returns the rows and the files, the figure last."""
     rows = summarise(names, runs, chance=_chance(dataset))
     epochs, n = len(rows[0].accuracies), rows[0].accuracies[-1].n
-    about = f"{dataset.name}, MLP, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
+    about = f"{dataset.title}, MLP, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
     notes = "".join(f"* {note}\n" for note in NOTES)
     files = {
         "table.md": f"{_markdown(COLUMNS, table(rows))}\n{about}\n\n{notes}",

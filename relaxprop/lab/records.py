@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from relaxprop.frozen import Frozen
-from relaxprop.lab.data import DatasetName
 from relaxprop.lab.models import ModelName
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
@@ -58,7 +57,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dataset: DatasetName = "digits"
+    dataset: str = Field(default="digits", pattern=r"^[\w.-]+$")  # as `data.load` knows it
     data: str | None = None  # the data set's digest
     model: ModelName = "mlp"
     rule: Rule = "ar"
