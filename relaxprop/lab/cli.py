@@ -241,6 +241,28 @@ def convergence(
 
 
 @app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name in --runs, or the path of its folder.")],
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Show what a run was, what it reached, and what each of its updates reads."""
+    path = runs / run if (runs / run).exists() or not Path(run).is_dir() else Path(run)
+    kept = records.read_run(path)
+    console.print(kept.config.model_dump_json(indent=2), highlight=False)
+    where = [f"{name} {value}" for name, value in kept.environment.items() if value is not None]
+    console.print(", ".join(where), soft_wrap=True, highlight=False)
+    for metrics in (kept.metrics[0], kept.metrics[-1]) if kept.metrics else ():
+        console.print(
+            f"epoch {metrics.epoch}: test accuracy {100 * metrics.test_accuracy:.2f} %, training loss "
+            f"{metrics.train_loss:.4f}",
+            highlight=False,
+        )
+    if kept.locality is not None:
+        console.print()
+        console.print(str(kept.locality), soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def bench(
     model: ModelOption = "mlp",
     rounds: Annotated[int, typer.Option(min=2, help="Training steps of each rule.")] = 200,

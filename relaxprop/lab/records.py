@@ -2,6 +2,7 @@
 
     <root>/<run id>/config.json            the description
                     environment.json       hardware and versions
+                    locality.json          what every update reads, where the rule is Activation Relaxation
                     metrics.jsonl          a line per epoch
                     checkpoint.safetensors the weights after the last epoch that is finished
 
@@ -17,16 +18,17 @@ import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from relaxprop.frozen import Frozen
 from relaxprop.lab.models import ModelName
+from relaxprop.locality import Locality
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
 Rule = Literal["ar", "backprop"]
@@ -43,6 +45,9 @@ SOLVERS: dict[SolverName, type[Solver]] = {
 def default_solver(frozen: Frozen) -> SolverName:
     """The paper's 100 steps of 0.1: in closed form where the relaxation is linear, else simulated."""
     return "closed-form" if frozen.relaxation_derivative else "euler"
+
+
+_LOCALITY = TypeAdapter(Locality)
 
 
 class OutputError(Exception):
@@ -146,6 +151,10 @@ class Record:
                 "again"
             ) from error
 
+    def save_locality(self, report: Locality) -> None:
+        """Keeps what the run's updates read."""
+        write_atomically(self.path / "locality.json", _LOCALITY.dump_json(report, indent=2).decode() + "\n")
+
     def load_weights(self, model: nn.Module) -> None:
         """The weights after the last finished epoch."""
         model.load_state_dict(load_file(self.path / "checkpoint.safetensors"))
@@ -162,6 +171,37 @@ class Record:
             partial.replace(self.path / "checkpoint.safetensors")
         except OSError as error:
             raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+
+class KeptRun(NamedTuple):
+    """What a run's directory tells."""
+
+    config: RunConfig
+    environment: dict[str, Any]
+    metrics: list[EpochMetrics]
+    locality: Locality | None
+
+
+def read_run(path: Path) -> KeptRun:
+    """Reads a run's directory.
+
+    Raises:
+        OutputError: there is none, or it is damaged.
+    """
+    try:
+        config = RunConfig.model_validate_json((path / "config.json").read_text())
+        return KeptRun(
+            config,
+            json.loads((path / "environment.json").read_text()),
+            Record(config, path.parent)._finished_epochs(),
+            _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
+        )
+    except FileNotFoundError as error:
+        known = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))
+        others = f"; in {path.parent} are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else ""
+        raise OutputError(f"no run in {path}: {Path(error.filename).name} is missing{others}") from error
+    except ValueError as error:
+        raise OutputError(f"the run in {path} is damaged ({str(error).splitlines()[0]})") from error
 
 
 def _checkpoint_epoch(path: Path) -> int:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from relaxprop.lab import models
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.records import EpochMetrics, Record, RunConfig
+from relaxprop.locality import describe_locality
 from relaxprop.relaxation import ActivationRelaxation
 
 OnEpoch = Callable[[EpochMetrics], None]
@@ -55,7 +56,9 @@ def train(
     dataset = dataset.to(device)
     trained: nn.Module = model
     if config.rule == "ar":
-        trained = ActivationRelaxation(model, solver=config.build_solver(), frozen=config.frozen)
+        trained = wrapped = ActivationRelaxation(model, solver=config.build_solver(), frozen=config.frozen)
+        if record is not None:
+            record.save_locality(describe_locality(wrapped, dataset.train.images[:2]))
     rows = kept_samples(len(dataset.test), config)
     test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 
-def write_split(path: Path, images: np.ndarray, labels: list[int]) -> None:
-    """Grey images of shape (n, height, width) as a Parquet file, as the Hub has them."""
+def write_split(path: Path, images: Sequence[np.ndarray] | np.ndarray, labels: list[int]) -> None:
+    """Images of shape (height, width) or (height, width, 3) as a Parquet file, as the Hub has them."""
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict({"image": list(images), "label": labels}, features=features).to_parquet(path)

@@ -14,7 +14,7 @@ from relaxprop.__main__ import main as command
 from relaxprop.lab import cli, figures
 from relaxprop.lab.cli import app, main
 
-COMMANDS = ("train", "reproduce", "convergence", "bench")
+COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_help_and_version() -> None:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (("train", "--dataset", "imagenet"), ("'--dataset'", "imagenet", "digits", "mnist", "fashion_mnist")),
+        (("train", "--dataset", "a/b"), ("--dataset", "a/b")),
         (("train", "--model", "vgg"), ("'--model'", "vgg", "mlp")),
         (("train", "--rule", "hebb"), ("'--rule'", "hebb", "ar", "backprop")),
         (("train", "--solver", "magic"), ("'--solver'", "closed-form", "euler", "continuous", "equilibrium")),
@@ -103,6 +103,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    assert run_main(monkeypatch, "train", "--dataset", "imagenet") == 1
+    error = capsys.readouterr().err
+    assert "dataset must be one of digits, mnist, fashion_mnist, cifar10, cifar100, svhn, or the name" in error
     assert run_main(monkeypatch, "train", "--dataset", "mnist", "--data-dir", str(tmp_path)) == 1
     assert "mnist/train.parquet does not exist" in capsys.readouterr().err
     (tmp_path / "file").write_text("kept")
@@ -137,6 +140,26 @@ def test_train_says_what_it_did_and_where_it_is(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["solver_options"] == {"step_size": 0.1, "num_steps": 3, "order": "sequential", "tolerance": None}
     assert (config["seed"], config["learning_rate"], config["batch_size"]) == (4, 0.0005, 64)
+
+
+def test_show_tells_what_a_run_was_and_what_its_updates_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert invoke("train", "--epochs", "2", "--unfreeze", "update-activity")[0] == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    for name in (folder.name, str(folder)):
+        status, text = invoke("show", name)
+        assert status == 0
+        for part in ('"update_activity": false', "torch 2.", "epoch 2: test accuracy", "x of tanh1, x of tanh2"):
+            assert part in text
+        assert "linear2.weight, transposed" in text
+        assert "weight transport: the error needs weights" in text
+    assert run_main(monkeypatch, "show", "another") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no run in runs/another: config.json is missing; in runs are digits-mlp-ar-seed0-")
+    (folder / "config.json").write_text("{}}")
+    assert run_main(monkeypatch, "show", folder.name) == 1
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_train_with_an_unfrozen_pass(tmp_path: Path) -> None:

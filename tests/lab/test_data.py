@@ -41,8 +41,30 @@ def test_the_folder_may_come_from_the_environment(data_dir: Path, monkeypatch: p
 
 
 def test_an_unknown_data_set_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"dataset must be one of digits, mnist, fashion_mnist, got 'imagenet'"):
+    with pytest.raises(DataError, match=r"must be one of digits, mnist, .*svhn, or .*--data-dir.* got 'imagenet'"):
         data.load("imagenet")
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    images = np.random.default_rng(1).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+    for split in ("train", "test"):
+        write_split(tmp_path / "leaves" / f"{split}.parquet", images, [0, 1, 2, 3, 4, 5])
+    loaded = data.load("leaves", tmp_path)
+    assert loaded.image_shape == (3, 5, 4)
+    torch.testing.assert_close(loaded.train.images.permute(0, 2, 3, 1) * 255, torch.tensor(images).float())
+    assert loaded.title == "leaves"
+
+
+def test_a_part_of_published_data_is_called_so(data_dir: Path) -> None:
+    assert data.load("mnist", data_dir).title == "mnist (subset: 50 / 20 images)"
+
+
+def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (n, 4), dtype=np.uint8) for n in (4, 5)]
+    write_split(tmp_path / "leaves" / "train.parquet", images, [0, 1])
+    with pytest.raises(DataError, match=r"all images must have one size, and these have \(4, 4\), \(5, 4\)"):
+        data.load("leaves", tmp_path)
 
 
 def test_a_missing_file_is_named_with_the_way_out(tmp_path: Path) -> None:

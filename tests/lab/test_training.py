@@ -168,7 +168,7 @@ def test_what_a_run_leaves(digits: Dataset, tmp_path: Path) -> None:
     train(config, digits, root=tmp_path)
     folder = tmp_path / config.id
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoint.safetensors", "config.json", "environment.json", "metrics.jsonl"
+        "checkpoint.safetensors", "config.json", "environment.json", "locality.json", "metrics.jsonl"
     ]  # fmt: skip
     assert RunConfig.model_validate_json((folder / "config.json").read_text()) == config
     environment = json.loads((folder / "environment.json").read_text())
@@ -259,7 +259,7 @@ def test_a_description_builds_its_solver() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "imagenet"}, "'digits', 'mnist' or 'fashion_mnist'"),
+        ({"dataset": "a/b"}, "should match pattern"),
         ({"rule": "hebb"}, "'ar' or 'backprop'"),
         ({"solver": "magic"}, "'closed-form', 'euler', 'continuous' or 'equilibrium'"),
         ({"epochs": 0}, "greater than or equal to 1"),
