@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pytest
@@ -41,7 +41,9 @@ LINEAR: tuple[Solver, ...] = (
     Continuous(2.0),
     Equilibrium(),
 )
-SIMULATED: tuple[Solver, ...] = (Euler(0.3, 7), Euler(0.3, 7, order="sequential"))
+SIMULATED: tuple[Solver, ...] = tuple(
+    Euler(0.3, 7, order=order) for order in ("simultaneous", "sequential", "asynchronous")
+)
 
 
 def shown(value: Any) -> str:
@@ -246,22 +248,28 @@ class LoopCNN:
         }
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[Any, Tensor], Loop]]] = {
-    "mlp": (lambda: mlp(4, 6, 5, 5, 3), (3, 4), LoopChain),
-    "branches": (Branches, (3, 4), LoopBranches),
-    "cnn": (cnn, (2, 1, 10, 10), LoopCNN),
+class Network(NamedTuple):
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    loop: Callable[[Any, Tensor], Loop]
+    draws: tuple[int, ...]  # the states in the order in which an asynchronous step draws for them: by vertices upstream
+
+
+NETWORKS = {
+    "mlp": Network(lambda: mlp(4, 6, 5, 5, 3), (3, 4), LoopChain, (0, 1, 2, 3)),
+    "branches": Network(Branches, (3, 4), LoopBranches, (0, 1, 2, 4, 3)),
+    "cnn": Network(cnn, (2, 1, 10, 10), LoopCNN, (0, 1, 2, 3)),
 }
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:
     """With weights large enough for f' to differ between x̄ and x."""
-    make, shape, _ = NETWORKS[name]
     torch.manual_seed(3)
-    module = make().double()
+    module = NETWORKS[name].make().double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(2)
-    return module, torch.randn(shape).double()
+    return module, torch.randn(NETWORKS[name].shape).double()
 
 
 def simulate(
@@ -273,7 +281,7 @@ def simulate(
     dropped: tuple[bool, bool] = (False, False),
 ) -> Gradients:
     """Algorithm 1 under ``frozen``, with f' → 1 in (1) and in (2) as ``dropped`` says."""
-    loop = NETWORKS[name][2](module, z)
+    loop = NETWORKS[name].loop(module, z)
     bar = loop.forward()
     x = list(bar)
 
@@ -307,10 +315,17 @@ def simulate(
         equilibrium = isinstance(solver, Equilibrium)
         step_size = 1.0 if equilibrium else vars(solver)["step_size"]
         order = "simultaneous" if equilibrium else vars(solver)["order"]
+        torch.manual_seed(2)  # as `gradients` has it
         for _ in range(len(x) if equilibrium else vars(solver)["num_steps"]):
             at = slopes(x)
-            if order == "simultaneous":
-                x = [x_i + step_size * (d_i - x_i) for x_i, d_i in zip(x, drive(x, at), strict=True)]
+            if order != "sequential":
+                moves = set(range(len(x)))
+                if order == "asynchronous":
+                    order_of_draws = [i for i in NETWORKS[name].draws if i or not frozen.input]
+                    chosen = torch.rand(len(order_of_draws)) < 0.5
+                    moves = {i for i, chosen_i in zip(order_of_draws, chosen, strict=True) if chosen_i}
+                driven = drive(x, at)
+                x = [x_i + step_size * (driven[i] - x_i) if i in moves else x_i for i, x_i in enumerate(x)]
             else:
                 for i in reversed(range(len(x))):
                     x[i] = x[i] + step_size * (drive(x, at)[i] - x[i])
@@ -381,7 +396,15 @@ def test_a_derivative_that_jumps_is_not_integrated_for_ever(monkeypatch: pytest.
 def test_every_rule_under_every_condition(
     name: str, frozen: Frozen, rule: FeedbackRule, dropped: tuple[bool, bool]
 ) -> None:
-    linear = frozen.relaxation_derivative
-    solvers: tuple[Solver, ...] = (ClosedForm(0.3, 7), *SIMULATED) if linear else SIMULATED
-    for solver in solvers:
+    linear: tuple[Solver, ...] = (ClosedForm(0.3, 7), Equilibrium()) if frozen.relaxation_derivative else ()
+    for solver in (*linear, *SIMULATED):
         assert_same_as_loop(name, frozen, solver, rule=rule, dropped=dropped)
+
+
+@pytest.mark.parametrize("frozen", [f for f in COMBINATIONS if f.input], ids=shown)
+@pytest.mark.parametrize("rule", ["learned", "random", "sign"])
+@pytest.mark.parametrize("dropped", [(True, False), (False, True)])
+def test_every_rule_under_every_condition_in_continuous_time(
+    frozen: Frozen, rule: FeedbackRule, dropped: tuple[bool, bool]
+) -> None:
+    assert_same_as_loop("mlp", frozen, Continuous(0.5), rule=rule, dropped=dropped, tolerance=1e-6)
