@@ -251,7 +251,7 @@ def show(
     console.print(kept.config.model_dump_json(indent=2), highlight=False)
     where = [f"{name} {value}" for name, value in kept.environment.items() if value is not None]
     console.print(", ".join(where), soft_wrap=True, highlight=False)
-    for metrics in (kept.metrics[0], kept.metrics[-1]) if kept.metrics else ():
+    for metrics in kept.metrics[-1:]:
         console.print(
             f"epoch {metrics.epoch}: test accuracy {100 * metrics.test_accuracy:.2f} %, training loss "
             f"{metrics.train_loss:.4f}",
