@@ -300,23 +300,26 @@ class Graph:
         for module, output in at.layers:
             layers.setdefault(output.node, set()).update(map(id, module.parameters()))
         ends = [y for y, _ in self._driven(at)] + [at.cuts[v].output for v in self.vertices]
-        between = {get_gradient_edge(end).node for end in ends} - layers.keys()
-        starts = [([*between], set[int]())]
-        starts += [([node], own) for node, own in layers.items()]
-        for stack, own in starts:
-            seen = set(stack)
+        between = [node for end in ends if (node := get_gradient_edge(end).node) not in layers]
+        for stack, own in [(between, set[int]()), *(([node], own) for node, own in layers.items())]:
+            seen = set[Node]()
             while stack:
                 node = stack.pop()
-                if type(node) is _AccumulateGrad and id(variable := cast(Any, node).variable) in trained - own:
-                    raise ValueError(
-                        f"frozen: a parameter of shape {tuple(variable.shape)} is read outside of a call of the module "
-                        "that it belongs to (as weights tied in a function, or in a module with layers of its own), so "
-                        "the derivative and the presynaptic activity of its update cannot be told apart: freeze or "
-                        "unfreeze update_derivative and update_activity together, or read it in a module of its own"
-                    )
-                above = {node for node, _ in node.next_functions if node is not None} - layers.keys() - seen
-                seen |= above
-                stack += above
+                if node in seen:
+                    continue
+                seen.add(node)
+                for above, _ in node.next_functions:
+                    if type(above) is not _AccumulateGrad:
+                        if above is not None and above not in layers:
+                            stack.append(above)
+                    elif (key := id(cast(Any, above).variable)) in trained and key not in own:
+                        raise ValueError(
+                            f"frozen: a parameter of shape {tuple(cast(Any, above).variable.shape)} is read outside of "
+                            "a call of the module that it belongs to (as weights tied in a function, or in a module "
+                            "with layers of its own), so the derivative and the presynaptic activity of its update "
+                            "cannot be told apart: freeze or unfreeze update_derivative and update_activity together, "
+                            "or read it in a module of its own"
+                        )
 
     def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex], at: Linearisation) -> States:
         arrived = _vector_jacobian_product(pushed, [at.cuts[v].leaf for v in onto])

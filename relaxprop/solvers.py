@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import cache
 from numbers import Real
 
 import numpy as np
@@ -350,10 +351,15 @@ def check_solves(solver: Solver, frozen: Frozen) -> None:
         )
 
 
+@cache
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
 def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int | None, transports: int) -> Relaxation:
     if hops is None or not graph.frozen.relaxation_derivative:
         return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining=None, converged=None)
-    rounding = min([torch.finfo(dtype).eps for dtype in {x.dtype for x in states.values()}], default=0.0)
+    rounding = min([_rounding(x.dtype) for x in states.values()], default=0.0)
     return Relaxation(
         vertices=len(graph.vertices),
         depth=graph.depth,

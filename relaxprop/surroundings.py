@@ -29,21 +29,22 @@ class Surroundings:
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         modules = list(module.modules())
-        parameters = dict(module.named_parameters())
+        self.module = module
         self.training = [(m, m.training) for m in modules]
         held = [
             (m._buffers, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
         ]
-        if any(is_lazy(x) for x in (*parameters.values(), *(buffer for *_, buffer in held))):
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        if any(is_lazy(x) for x in (*parameters, *(buffer for *_, buffer in held))):
             raise ValueError(
                 "frozen: lazy modules take shape in their first forward pass, which could not be run again as it was: "
                 "call the model once under torch.no_grad() before training"
             )
         self.buffers = [_Kept(buffers, name, buffer.clone()) for buffers, name, buffer in held]
-        self.inputs = [(f"an input of shape {tuple(x.shape)}", x) for x in inputs]
-        self.fixed = [*((f"the parameter {name!r}", p) for name, p in parameters.items()), *self.inputs]
-        self.versions = [_version(x) for _, x in self.fixed]
-        self.devices = sorted({x.get_device() for _, x in self.fixed if x.is_cuda})
+        self.inputs = inputs
+        self.fixed = [*parameters, *inputs]
+        self.versions = [_version(x) for x in self.fixed]
+        self.devices = sorted({x.get_device() for x in self.fixed if x.is_cuda})
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in (("cpu", "cuda") if self.devices else ("cpu",))
@@ -57,15 +58,15 @@ class Surroundings:
         Raises:
             ValueError: the model wrote into its input, so that it is gone.
         """
-        for (what, x), version in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
+        for x, version in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
             if _version(x) != version:
                 raise ValueError(
-                    f"frozen: the model writes in place into {what}, so it cannot be run again on it, as what is "
-                    "unfrozen needs: let the model work on a copy (x = x.clone())"
+                    f"frozen: the model writes in place into {self._name(x)}, so it cannot be run again on it, as "
+                    "what is unfrozen needs: let the model work on a copy (x = x.clone())"
                 )
         now = _random_states(self.devices)
         self.draws = any(not torch.equal(before, after) for before, after in zip(self.random, now, strict=True))
-        self.versions = [_version(x) for _, x in self.fixed]
+        self.versions = [_version(x) for x in self.fixed]
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -74,11 +75,11 @@ class Surroundings:
         Raises:
             RuntimeError: a parameter or an input was changed in place since the forward pass.
         """
-        for (what, x), version in zip(self.fixed, self.versions, strict=True):
+        for x, version in zip(self.fixed, self.versions, strict=True):
             if _version(x) != version:
                 raise RuntimeError(
-                    f"frozen: {what} was changed in place since the forward pass, which has to be run again for what "
-                    "is unfrozen: call backward() before optimizer.step(), and change copies"
+                    f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
+                    "for what is unfrozen: call backward() before optimizer.step(), and change copies"
                 )
         with ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
@@ -101,6 +102,10 @@ class Surroundings:
                     kept.buffers[kept.name] = buffer
                 for module, training in changed:
                     module.training = training
+
+    def _name(self, tensor: Tensor) -> str:
+        names = {id(p): f"the parameter {name!r}" for name, p in self.module.named_parameters()}
+        return names.get(id(tensor), f"an input of shape {tuple(tensor.shape)}")
 
 
 class _Kept(NamedTuple):

@@ -29,7 +29,7 @@ from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
 
 BASELINE = "backpropagation"
-MNIST_SHAPE = (1, 28, 28)
+IMAGE_SHAPES = {"mlp": (1, 28, 28), "cnn": (3, 32, 32), "cnn-as-coded": (3, 32, 32)}  # MNIST's and CIFAR's
 EULER_STEPS = 10
 UPDATES = {"b": Frozen(update_derivative=False), "d": Frozen(update_activity=False)}  # the paper's conditions
 Step = Callable[[], None]
@@ -86,7 +86,7 @@ def run(
     command: str = "",
     on_round: Callable[[], None] = lambda: None,
 ) -> Benchmark:
-    """Measures the training step of backpropagation and of each solver on random images of MNIST's size."""
+    """Measures the training step of backpropagation and of each solver on random images."""
     problem = _Problem(model, batch_size, device)
     rules = {name: problem.training_step(solver) for name, solver in ({BASELINE: None} | solvers()).items()}
     steps = rules | problem.parts()
@@ -168,11 +168,11 @@ def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
 
 
 class _Problem:
-    """A network on random images of MNIST's size, and what there is to do with it."""
+    """A network on random images of the size that it is for, and what there is to do with it."""
 
     def __init__(self, model: str, batch_size: int, device: torch.device | str) -> None:
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(batch_size, *MNIST_SHAPE, generator=generator)
+        images = torch.rand(batch_size, *IMAGE_SHAPES[model], generator=generator)
         labels = torch.randint(10, (batch_size,), generator=generator)
         dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels))
         self.dataset, self.model, self.device = dataset.to(device), model, device

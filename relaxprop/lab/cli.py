@@ -24,7 +24,7 @@ from relaxprop.lab import data, figures, records
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
-from relaxprop.lab.models import ModelName
+from relaxprop.lab.models import ModelError, ModelName
 from relaxprop.lab.records import SOLVERS, EpochMetrics, OutputError, Rule, RunConfig, SolverName
 from relaxprop.lab.training import train as train_network
 from relaxprop.relaxation import NonFiniteStateError
@@ -90,6 +90,19 @@ def train(
         list[Quantity] | None,
         typer.Option(help="Take it at the current states, not from the feedforward pass; repeat it for several."),
     ] = None,
+    feedback: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]RULE",
+            help="Backwards weights: learned, random or sign; of a part (convolutional, fully_connected) or of all.",
+        ),
+    ] = None,
+    drop_derivatives: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]PLACE", help="f' → 1 in relaxation, update or both; in a part of the network or in all."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
@@ -113,6 +126,8 @@ def train(
         rule=rule,
         solver=solver,
         unfreeze=unfreeze or (),
+        feedback=_by_part(feedback),
+        dropped=_by_part(drop_derivatives),
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,
@@ -158,35 +173,59 @@ def reproduce(
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures.
 
-    Backpropagation, Activation Relaxation, and Activation Relaxation with a part of the feedforward pass unfrozen.
+    Backpropagation, Activation Relaxation, and Activation Relaxation under each of the paper's conditions.
     """
     experiment = figures.EXPERIMENTS[figure]
-    name, n = dataset or experiment.dataset, epochs or experiment.epochs
-    folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
+    for name in [dataset] if dataset else experiment.conditions:
+        folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
+        if out and not dataset and len(experiment.conditions) > 1:
+            folder = out / name
+        _reproduce(figure, name, seeds, epochs, as_coded, data_dir, runs, folder, device)
+
+
+def _reproduce(
+    figure: FigureName,
+    dataset: str,
+    seeds: int | None,
+    epochs: int | None,
+    as_coded: bool,
+    data_dir: Path | None,
+    runs: Path,
+    folder: Path,
+    device: str,
+) -> None:
+    """A figure on one data set."""
+    experiment = figures.EXPERIMENTS[figure]
+    epochs, on_device = epochs or experiment.epochs, _device(device)
     for written in (runs, folder):
         records.check_writable(written)
-    loaded = data.load(name, data_dir)
+    loaded = data.load(dataset, data_dir)
     planned = figures.condition_runs(
-        name, seeds=seeds or experiment.seeds, epochs=n, data=loaded.digest, as_coded=as_coded
+        experiment,
+        dataset,
+        seeds=seeds or experiment.seeds,
+        epochs=epochs,
+        data=loaded.digest,
+        as_coded=as_coded,
     )
     conditions, configs = zip(*planned, strict=True)
     labels = {config.id: condition for condition, config in planned}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     with _kept(kept), _progress() as progress:
-        task = progress.add_task("", total=n * len(configs))
+        task = progress.add_task("", total=epochs * len(configs))
         results = run_all(
             configs,
             loaded,
             root=runs,
-            device=_device(device),
+            device=on_device,
             on_start=lambda c: progress.update(task, description=f"{labels[c.id]}, seed {c.seed}"),
-            on_epoch=lambda epochs: progress.advance(task, epochs),
+            on_epoch=lambda n: progress.advance(task, n),
         )
-    rows, paths = figures.write_conditions(experiment.title, conditions, results, loaded, folder, _command())
+    rows, paths = figures.write_conditions(experiment, conditions, results, loaded, folder, _command())
     if figure == "demo":
         curves = figures.convergence_by_step_size(loaded)
         paths += figures.write_convergence(curves, loaded.name, folder, _command())
-    title = f"{name}: after {n} epochs, mean ± standard error over n seeds"
+    title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
     cells = figures.table(rows)
     _print_table(title, figures.COLUMNS[:4], [row[:4] for row in cells])
     compared = [(row.name, *cell[4:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
@@ -333,7 +372,13 @@ def _options(
 def _run_config(
     solver_options: dict[str, Any], *, solver: SolverName | None, unfreeze: Sequence[Quantity], **values: Any
 ) -> RunConfig:
-    for given, flag in ((solver, "--solver"), (unfreeze, "--unfreeze")):
+    given_flags = {
+        "--solver": solver,
+        "--unfreeze": unfreeze,
+        "--feedback": values["feedback"],
+        "--drop-derivatives": values["dropped"],
+    }
+    for flag, given in given_flags.items():
         if values["rule"] == "backprop" and given:
             raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
     with _usage_errors("--unfreeze"):
@@ -357,6 +402,12 @@ def _run_config(
         return RunConfig(solver_options=solver_options, **values)
 
 
+def _by_part(options: Sequence[str] | None) -> dict[str, str]:
+    """``PART=VALUE``, or ``VALUE`` for the whole network."""
+    pairs = (option.rpartition("=") for option in options or ())
+    return {part or "all": value for part, _, value in pairs}
+
+
 @contextmanager
 def _usage_errors(option: str) -> Iterator[None]:
     """Turns what an object of the library refuses into a usage error."""
@@ -364,7 +415,8 @@ def _usage_errors(option: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        flag = f"--{str(first['loc'][0]).replace('_', '-')}" if first["loc"] else option
+        names = {"dropped": "drop-derivatives"}
+        flag = f"--{names.get(name := str(first['loc'][0]), name.replace('_', '-'))}" if first["loc"] else option
         raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
@@ -414,6 +466,6 @@ def main() -> None:
     """Runs the command line; errors of data and results end it with status 1 and one line."""
     try:
         app()
-    except (DataError, OutputError, NonFiniteStateError) as error:
+    except (DataError, ModelError, OutputError, NonFiniteStateError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None

@@ -89,6 +89,11 @@ class Dataset:
                 content.update(tensor.cpu().numpy().tobytes())
         return content.hexdigest()[:10]
 
+    def signed(self) -> Dataset:
+        """The same with inputs in [−1, 1], as the authors' code has them for its CNN."""
+        train, test = (Split(2 * split.images - 1, split.labels) for split in (self.train, self.test))
+        return Dataset(self.name, self.classes, train, test)
+
     def to(self, device: torch.device | str) -> Dataset:
         """The same on another device."""
         return Dataset(self.name, self.classes, self.train.to(device), self.test.to(device))

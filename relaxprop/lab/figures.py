@@ -7,8 +7,8 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,39 +17,23 @@ import torch
 from scipy import stats
 
 from relaxprop.diagnostics import Convergence, convergence
+from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engine import FinishedRun
-from relaxprop.lab.models import ModelName
+from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.lab.records import EpochMetrics, Rule, RunConfig, environment, write_atomically
 from relaxprop.lab.training import squared_error
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler
 from relaxprop.transients import Order
 
-Claim = Literal["equivalent", "destroyed"]
-FigureName = Literal["demo", "figure1", "figure3"]
+Claim = Literal["equivalent", "worse", "destroyed"]
+FigureName = Literal["demo", "figure1", "figure2", "figure3", "appendix-c"]
 MARGIN = 0.01  # test accuracies that differ by less are equivalent: fixed before the runs, for all of them
 CONFIDENCE = 0.95
 STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A figure's data and protocol."""
-
-    title: str
-    dataset: str
-    seeds: int
-    epochs: int
-
-
-EXPERIMENTS: dict[FigureName, Experiment] = {
-    "demo": Experiment("every condition on scikit-learn's digits", "digits", seeds=3, epochs=8),
-    "figure1": Experiment("the paper's Figure 1", "mnist", seeds=10, epochs=30),
-    "figure3": Experiment("the paper's Figure 3", "fashion_mnist", seeds=10, epochs=30),
-}
 
 
 @dataclass(frozen=True)
@@ -65,40 +49,91 @@ class Condition:
     title: str
     rule: Rule = "ar"
     frozen: Frozen = ALL_FROZEN
+    feedback: Mapping[Part, FeedbackRule] = field(default_factory=dict)
+    dropped: Mapping[Part, Dropped] = field(default_factory=dict)
     claim: Claim = "equivalent"
     versus: str = "baseline"
 
 
-# Figures 1 and 3 (the paper, section 4.1).
-CONDITIONS: dict[str, Condition] = {
+BASELINES = {
     "backprop": Condition("Backpropagation", rule="backprop"),
     "baseline": Condition("Activation Relaxation", versus="backprop"),
+}
+# Figures 1 and 3 (the paper, section 4.1).
+UNFROZEN = BASELINES | {
     "a": Condition("f'(W x) in the relaxation", frozen=Frozen(relaxation_derivative=False)),
     "b": Condition("f'(W x) in the update", frozen=Frozen(update_derivative=False)),
     "c": Condition("f'(W x) in both", frozen=Frozen(relaxation_derivative=False, update_derivative=False)),
     "d": Condition("presynaptic x in the update", frozen=Frozen(update_activity=False), claim="destroyed"),
 }
+# Figure 2 and Appendix C.
+SIMPLIFIED = BASELINES | {
+    "ψ-conv": Condition("learned ψ in convolutions", feedback={"convolutional": "learned"}),
+    "ψ-fc": Condition("learned ψ in linear layers", feedback={"fully_connected": "learned"}),
+    "ψ": Condition("learned ψ everywhere", feedback={"all": "learned"}),
+    "f'-conv": Condition("no f' in convolutions", dropped={"convolutional": "both"}),
+    "f'-fc": Condition("no f' in linear layers", dropped={"fully_connected": "both"}),
+    "f'": Condition("no f' anywhere", dropped={"all": "both"}),
+    "ψ-f'": Condition("learned ψ, no f' anywhere", feedback={"all": "learned"}, dropped={"all": "both"}),
+    "random": Condition("fixed random feedback", feedback={"all": "random"}, claim="worse"),
+}
+# The paper calls it an anomaly of this data set.
+SIMPLIFIED_SVHN = SIMPLIFIED | {"f'": replace(SIMPLIFIED["f'"], claim="worse")}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure's protocol: its conditions by data set."""
+
+    title: str
+    conditions: Mapping[str, Mapping[str, Condition]]
+    seeds: int = 10
+    epochs: int = 30
+    model: ModelName = "mlp"
+
+    def of(self, dataset: str) -> Mapping[str, Condition]:
+        """The conditions on a data set; on one that the figure does not have, those of its first."""
+        return self.conditions.get(dataset) or next(iter(self.conditions.values()))
+
+
+EXPERIMENTS: dict[FigureName, Experiment] = {
+    "demo": Experiment("every condition on scikit-learn's digits", {"digits": UNFROZEN}, seeds=3, epochs=8),
+    "figure1": Experiment("the paper's Figure 1", {"mnist": UNFROZEN}),
+    "figure2": Experiment("the paper's Figure 2", {"cifar10": SIMPLIFIED}, model="cnn"),
+    "figure3": Experiment("the paper's Figure 3", {"fashion_mnist": UNFROZEN}),
+    "appendix-c": Experiment("the paper's Appendix C", {"cifar100": SIMPLIFIED, "svhn": SIMPLIFIED_SVHN}, model="cnn"),
+}
 BASELINE, REFERENCE = "baseline", "backprop"
 
 
 def condition_runs(
-    dataset: str, *, seeds: int, epochs: int, data: str | None = None, as_coded: bool = False
+    experiment: Experiment,
+    dataset: str,
+    *,
+    seeds: int,
+    epochs: int,
+    data: str | None = None,
+    as_coded: bool = False,
 ) -> list[tuple[str, RunConfig]]:
     """The runs with the names of their conditions: per seed the same initial weights and minibatches in all of them.
 
     ``as_coded`` takes the authors' code where it differs from the paper's text on purpose: vertices are updated in
-    sequence from the output down, the last two minibatches are left out, and d relaxes the input too.
+    sequence from the output down, the last two minibatches are left out, d relaxes the input too, and the CNN has the
+    code's sizes, inputs in [−1, 1] and twice the learning rate in its convolutions.
     """
+    values = {"model": experiment.model, "dataset": dataset, "data": data, "epochs": epochs}
     return [
-        (name, _run(condition, as_coded, dataset=dataset, data=data, epochs=epochs, seed=seed))
+        (name, _run(condition, as_coded, seed=seed, **values))
         for seed in range(seeds)
-        for name, condition in CONDITIONS.items()
+        for name, condition in experiment.of(dataset).items()
     ]
 
 
 def _run(condition: Condition, as_coded: bool, **values: Any) -> RunConfig:
-    values |= {"rule": condition.rule, "frozen": condition.frozen}
+    values |= {name: getattr(condition, name) for name in ("rule", "frozen", "feedback", "dropped")}
     if as_coded:
+        if values["model"] == "cnn":
+            values |= {"model": "cnn-as-coded", "signed_inputs": True, "convolutional_factor": 2.0}
         values |= {"left_out": 2, "solver_options": {"order": "sequential"}}
         if not condition.frozen.update_activity:
             values["frozen"] = replace(condition.frozen, input=False)
@@ -157,7 +192,9 @@ class Row:
     verdict: str
 
 
-def summarise(names: Sequence[str], runs: Sequence[FinishedRun], *, chance: float) -> list[Row]:
+def summarise(
+    conditions: Mapping[str, Condition], names: Sequence[str], runs: Sequence[FinishedRun], *, chance: float
+) -> list[Row]:
     """Results by condition; ``names`` are those of the runs, and seeds are in the same order in all conditions."""
     metrics: dict[str, list[list[EpochMetrics]]] = {}
     for name, run in zip(names, runs, strict=True):
@@ -168,7 +205,7 @@ def summarise(names: Sequence[str], runs: Sequence[FinishedRun], *, chance: floa
     }
     rows = []
     for name, by_seed in metrics.items():
-        condition = CONDITIONS[name]
+        condition = conditions[name]
         pairs = zip(final[name], final[condition.versus], strict=True)
         difference = mean_over_seeds([a - b for a, b in pairs]) if name != REFERENCE else None
         reference = statistics.fmean(final[condition.versus])
@@ -192,12 +229,15 @@ def summarise(names: Sequence[str], runs: Sequence[FinishedRun], *, chance: floa
 def verdict(claim: Claim, difference: Mean, reference: float, chance: float) -> str:
     """On the paper's claim, from the 95 % interval of the paired difference.
 
-    "equivalent" holds where the interval lies within ±``MARGIN``, "destroyed" where it lies below minus half of what
-    the reference has learned beyond chance. A claim is refuted where the interval lies outside, else left open.
+    "equivalent" holds where the interval lies within ±``MARGIN``, "worse" where it lies below −``MARGIN``, "destroyed"
+    where it lies below minus half of what the reference has learned beyond chance. A claim is refuted where the
+    interval lies outside, else left open.
     """
     low, high = difference.interval
     if claim == "equivalent":
         holds, refuted = low > -MARGIN and high < MARGIN, high < -MARGIN or low > MARGIN
+    elif claim == "worse":
+        holds, refuted = high < -MARGIN, low > -MARGIN
     else:
         limit = (chance - reference) / 2
         holds, refuted = high < limit, low > limit
@@ -215,7 +255,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The cells under ``COLUMNS``."""
     return [
         (
-            _label(row.name),
+            _label(row),
             str(row.accuracies[-1]),
             str(row.accuracies[-1].n),
             f"{row.relative_cost:.1f}×",
@@ -228,9 +268,8 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
-def _label(name: str) -> str:
-    title = CONDITIONS[name].title
-    return title if name in (BASELINE, REFERENCE) else f"{name}: {title}"
+def _label(row: Row) -> str:
+    return row.condition.title if row.name in BASELINES else f"{row.name}: {row.condition.title}"
 
 
 def _interval(difference: Mean | None) -> str:
@@ -243,19 +282,25 @@ def _interval(difference: Mean | None) -> str:
 NOTES = (
     "difference: of the final test accuracy, seed by seed, to the baseline (Activation Relaxation with everything "
     "frozen); the baseline's own, to backpropagation",
-    f"equivalent: the 95 % interval of the difference lies within ±{100 * MARGIN:g} point; destroyed: it lies below "
-    "minus half of what the baseline has learned beyond chance",
+    f"equivalent: the 95 % interval of the difference lies within ±{100 * MARGIN:g} point; worse: below that; "
+    "destroyed: below minus half of what the baseline has learned beyond chance",
     "cost: median time of a training epoch relative to backpropagation's",
 )
 
 
 def write_conditions(
-    title: str, names: Sequence[str], runs: Sequence[FinishedRun], dataset: Dataset, folder: Path, command: str
+    experiment: Experiment,
+    names: Sequence[str],
+    runs: Sequence[FinishedRun],
+    dataset: Dataset,
+    folder: Path,
+    command: str,
 ) -> tuple[list[Row], list[Path]]:
     """Writes the table, the figure and what they were made from; returns the rows and the files, the figure last."""
-    rows = summarise(names, runs, chance=_chance(dataset))
+    rows = summarise(experiment.of(dataset.name), names, runs, chance=_chance(dataset))
     epochs, n = len(rows[0].accuracies), rows[0].accuracies[-1].n
-    about = f"{dataset.title}, MLP, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
+    model = runs[0].config.model.upper()
+    about = f"{dataset.title}, {model}, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
     notes = "".join(f"* {note}\n" for note in NOTES)
     files = {
         "table.md": f"{_markdown(COLUMNS, table(rows))}\n{about}\n\n{notes}",
@@ -264,9 +309,9 @@ def write_conditions(
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
-    curves = {_label(row.name): row.accuracies for row in rows}
-    baseline = _label(BASELINE)
-    figure = plots.learning_curves(curves, baseline, f"{title}: {about}", folder / "accuracy.png")
+    curves = {_label(row): row.accuracies for row in rows}
+    title = f"{experiment.title}: {about}"
+    figure = plots.learning_curves(curves, BASELINES[BASELINE].title, title, folder / "accuracy.png")
     return rows, [*(folder / name for name in files), figure]
 
 

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import Frozen
-from relaxprop.lab.models import ModelName
+from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.locality import Locality
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
@@ -69,18 +70,28 @@ class RunConfig(BaseModel):
     solver: SolverName = "closed-form"
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
     frozen: Frozen = Frozen()
+    feedback: dict[Part, FeedbackRule] = Field(default_factory=dict)  # by part of the network, as `models.build`
+    dropped: dict[Part, Dropped] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0)
     epochs: int = Field(default=30, ge=1)
+    signed_inputs: bool = False  # scaled to [−1, 1], not [0, 1]
     batch_size: int = Field(default=64, ge=1)
     left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
     learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
+    convolutional_factor: float = Field(default=1, gt=0, allow_inf_nan=False)  # of the convolutions' learning rate
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Fills the solver and its defaults in, so that a run has one description; backpropagation has no solver."""
         if values.get("rule") == "backprop":
-            return values | {"solver": "closed-form", "solver_options": {}, "frozen": Frozen()}
+            return values | {
+                "solver": "closed-form",
+                "solver_options": {},
+                "frozen": Frozen(),
+                "feedback": {},
+                "dropped": {},
+            }
         frozen = values.get("frozen") or Frozen()
         frozen = frozen if isinstance(frozen, Frozen) else Frozen(**frozen)
         name = values.get("solver") or default_solver(frozen)
@@ -98,7 +109,10 @@ class RunConfig(BaseModel):
     @property
     def id(self) -> str:
         """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
-        content = self.model_dump_json(exclude={"epochs"})
+        # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
+        added = ("feedback", "dropped", "signed_inputs", "convolutional_factor")
+        unused = {name for name in added if getattr(self, name) in ({}, False, 1.0)}
+        content = self.model_dump_json(exclude={"epochs", *unused})
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def train(
 
     Raises:
         DataError: all minibatches are left out.
+        ModelError: the network does not fit the data, or has no such part.
         OutputError: the run's folder cannot be written.
         NonFiniteStateError: the relaxation diverged; the epochs before it are kept.
     """
@@ -45,11 +47,13 @@ def train(
         raise DataError(
             f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
         )
+    if config.signed_inputs:
+        dataset = dataset.signed()
+    model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
     record = Record(config, root) if root is not None else None
     metrics = record.open() if record is not None else []
     if len(metrics) >= config.epochs:
         return metrics[: config.epochs]
-    model = models.build(config.model, dataset, seed=config.seed)
     if record is not None and metrics:
         record.load_weights(model)
     model.to(device)
@@ -61,7 +65,7 @@ def train(
             record.save_locality(describe_locality(wrapped, dataset.train.images[:2]))
     rows = kept_samples(len(dataset.test), config)
     test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.SGD(_parameter_groups(model, config), lr=config.learning_rate)
     for epoch in range(len(metrics) + 1, config.epochs + 1):
         start = time.perf_counter()
         loss = train_epoch(trained, optimizer, dataset, config, epoch)
@@ -73,6 +77,16 @@ def train(
         if on_epoch is not None:
             on_epoch(metrics[-1])
     return metrics
+
+
+def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """The convolutions have a learning rate of their own."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    theirs = {p: None for m in convolutions for p in m.parameters()}
+    others = [p for p in model.parameters() if p not in theirs]
+    rate = config.convolutional_factor * config.learning_rate
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": [*theirs], "lr": rate}]
+    return [group for group in groups if group["params"]]
 
 
 def train_epoch(

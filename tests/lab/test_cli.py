@@ -69,9 +69,13 @@ def test_help_and_version() -> None:
         (("reproduce", "demo", "--epochs", "-5"), ("'--epochs'", "greater than or equal to 1")),
         (("train", "--device", "abacus"), ("--device", "abacus")),
         (("train", "--epoch", "3"), ("No such option", "--epochs")),
-        (("reproduce", "figure9"), ("figure9", "demo", "figure1", "figure3")),
+        (("reproduce", "figure9"), ("figure9", "demo", "figure1", "appendix-c")),
         (("reproduce",), ("Missing argument", "demo")),
         (("reproduce", "demo", "--seeds", "0"), ("'--seeds'", "greater than or equal to 1")),
+        (("train", "--feedback", "hebb"), ("--feedback", "hebb", "learned")),
+        (("train", "--feedback", "head=learned"), ("--feedback", "head", "convolutional")),
+        (("train", "--drop-derivatives", "all=never"), ("--drop-derivatives", "never", "relaxation")),
+        (("train", "--rule", "backprop", "--feedback", "learned"), ("--feedback", "no effect", "backprop")),
         (("train", "--unfreeze", "weights"), ("'--unfreeze'", "relaxation-derivative", "update-activity")),
         (("train", "--unfreeze", "input"), ("--unfreeze", "input=False has no effect")),
         (("train", "--rule", "backprop", "--unfreeze", "input"), ("--unfreeze", "no effect", "backprop")),
@@ -103,6 +107,10 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    assert run_main(monkeypatch, "train", "--model", "cnn") == 1
+    assert "error: the CNN needs images of at least 14×14 pixels, got 8×8" in capsys.readouterr().err
+    assert run_main(monkeypatch, "train", "--feedback", "convolutional=learned") == 1
+    assert "the network has no part 'convolutional'" in capsys.readouterr().err
     assert run_main(monkeypatch, "train", "--dataset", "imagenet") == 1
     error = capsys.readouterr().err
     assert "dataset must be one of digits, mnist, fashion_mnist, cifar10, cifar100, svhn, or the name" in error
@@ -176,6 +184,16 @@ def test_train_with_an_unfrozen_pass(tmp_path: Path) -> None:
     }
 
 
+def test_train_with_simplifications(tmp_path: Path) -> None:
+    args = ("train", "--epochs", "1", "--feedback", "learned", "--drop-derivatives", "all=update")
+    assert invoke(*args)[0] == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["feedback"] == {"all": "learned"}
+    assert config["dropped"] == {"all": "update"}
+    assert "linear2.feedback" in (folder / "locality.json").read_text()
+
+
 def test_train_on_a_users_folder(data_dir: Path) -> None:
     status, text = invoke("train", "--dataset", "mnist", "--data-dir", str(data_dir), "--epochs", "1")
     assert status == 0
@@ -186,7 +204,7 @@ def test_the_demo_prints_its_table_and_ends_with_its_paths(tmp_path: Path) -> No
     args = ("reproduce", "demo", "--epochs", "1", "--seeds", "1")
     status, text = invoke(*args)
     assert status == 0
-    for condition in figures.CONDITIONS.values():
+    for condition in figures.UNFROZEN.values():
         assert condition.title in text
     for name in ("table.md", "accuracy.csv", "summary.json", "accuracy.png", "convergence.png"):
         assert f"figures/demo-digits/{name}" in text

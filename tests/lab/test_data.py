@@ -114,5 +114,43 @@ def test_the_papers_mlp_and_its_initial_weights() -> None:
     same, other = build("mlp", digits, seed=3), build("mlp", digits, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     assert not torch.equal(model.linear1.weight, other.linear1.weight)  # type: ignore[arg-type,union-attr]
-    with pytest.raises(ValueError, match="model must be one of mlp, got 'vgg'"):
+    with pytest.raises(ValueError, match="model must be one of mlp, cnn, cnn-as-coded, got 'vgg'"):
         build("vgg", digits, seed=0)
+
+
+def images(*shape: int) -> data.Dataset:
+    split = data.Split(torch.rand(4, *shape), torch.arange(4))
+    return data.Dataset("random", ("a", "b", "c", "d", "e"), split, split)
+
+
+@pytest.mark.parametrize(("name", "filters", "hidden"), [("cnn", (32, 64), 64), ("cnn-as-coded", (6, 16), 120)])
+def test_the_papers_cnns(name: str, filters: tuple[int, int], hidden: int) -> None:
+    model = build(name, images(3, 32, 32), seed=1)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if n.endswith("weight")}
+    assert shapes == {
+        "convolutional.conv1.weight": (filters[0], 3, 5, 5),
+        "convolutional.conv2.weight": (filters[1], filters[0], 5, 5),
+        "fully_connected.linear1.weight": (hidden, filters[1] * 10 * 10),
+        "fully_connected.linear2.weight": (120, hidden),
+        "fully_connected.linear3.weight": (5, 120),
+    }
+    assert any("conv" in n and n.endswith("bias") for n, _ in model.named_parameters()) == (name == "cnn")
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match="at least 14×14 pixels, got 13×20"):
+        build(name, images(1, 13, 20), seed=0)
+
+
+def test_simplifications_of_parts() -> None:
+    model = build("cnn", images(1, 14, 14), seed=1, feedback={"convolutional": "learned"}, dropped={"all": "update"})
+    names = {n for n, _ in model.named_parameters() if n.endswith("feedback")}
+    assert names == {"convolutional.conv1.feedback", "convolutional.conv2.feedback"}
+    assert str(model).count("dropped derivative in update") == 4
+    again = build("cnn", images(1, 14, 14), seed=1, feedback={"convolutional": "learned"})
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"no part 'convolutional': name one of all$"):
+        build("mlp", images(1, 14, 14), seed=1, feedback={"convolutional": "learned"})
+
+
+def test_signed_inputs() -> None:
+    dataset = images(1, 14, 14)
+    torch.testing.assert_close(dataset.signed().test.images, 2 * dataset.test.images - 1)

@@ -41,6 +41,9 @@ def test_confidence_interval() -> None:
         ("equivalent", [-0.031, -0.030, -0.029], "does not hold: -3.0 points"),
         ("equivalent", [-0.011, -0.009, -0.010], "open: 3 seeds cannot tell"),
         ("equivalent", [0.0], "open: 1 seed cannot tell"),
+        ("worse", [-0.031, -0.030, -0.029], "holds"),
+        ("worse", [0.001, -0.001, 0.0], "does not hold: +0.0 points"),
+        ("worse", [-0.011, -0.009, -0.010], "open: 3 seeds cannot tell"),
         ("destroyed", [-0.80, -0.79, -0.81], "holds"),  # of 0.9 with chance 0.1: half of what was learned is 0.4
         ("destroyed", [-0.02, -0.03, -0.01], "does not hold: -2.0 points"),
         ("destroyed", [-0.45, -0.30, -0.50], "open: 3 seeds cannot tell"),
@@ -51,6 +54,7 @@ def test_verdict_on_a_claim(claim: figures.Claim, differences: list[float], expe
 
 
 NAMES = ["backprop", "baseline", "d"] * 2
+DEMO = figures.EXPERIMENTS["demo"]
 
 
 def runs() -> list[FinishedRun]:
@@ -62,9 +66,7 @@ def runs() -> list[FinishedRun]:
     seconds = {"backprop": 2.0, "baseline": 3.0, "d": 4.0}
     return [
         FinishedRun(
-            RunConfig(
-                rule=figures.CONDITIONS[name].rule, frozen=figures.CONDITIONS[name].frozen, seed=i // 3, epochs=2
-            ),
+            RunConfig(rule=figures.UNFROZEN[name].rule, frozen=figures.UNFROZEN[name].frozen, seed=i // 3, epochs=2),
             [
                 EpochMetrics(epoch=epoch, train_loss=1, test_accuracy=a, seconds=seconds[name])
                 for epoch, a in enumerate(accuracies[name][i // 3], 1)
@@ -75,7 +77,7 @@ def runs() -> list[FinishedRun]:
 
 
 def test_the_table_and_the_paired_differences() -> None:
-    rows = figures.summarise(NAMES, runs(), chance=0.1)
+    rows = figures.summarise(figures.UNFROZEN, NAMES, runs(), chance=0.1)
     assert [row[:4] for row in figures.table(rows)] == [
         ("Backpropagation", "87.00 ± 2.00", "2", "1.0×"),
         ("Activation Relaxation", "85.00 ± 5.00", "2", "1.5×"),
@@ -93,7 +95,8 @@ def test_the_table_and_the_paired_differences() -> None:
 
 def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
     digits = data.load("digits")
-    _, written = figures.write_conditions("Figure", NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
+    demo = figures.EXPERIMENTS["demo"]
+    _, written = figures.write_conditions(demo, NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["command"] == "relaxprop reproduce demo"
@@ -111,8 +114,8 @@ def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
 
 
 def test_the_runs_of_a_figure() -> None:
-    planned = figures.condition_runs("digits", seeds=2, epochs=1)
-    assert [(name, config.seed) for name, config in planned] == [(n, s) for s in (0, 1) for n in figures.CONDITIONS]
+    planned = figures.condition_runs(DEMO, "digits", seeds=2, epochs=1)
+    assert [(name, config.seed) for name, config in planned] == [(n, s) for s in (0, 1) for n in figures.UNFROZEN]
     assert len({config.id for _, config in planned}) == 12
     for name, config in planned:
         assert config.solver == ("euler" if name in ("a", "c") else "closed-form")
@@ -121,14 +124,32 @@ def test_the_runs_of_a_figure() -> None:
 
 
 def test_the_runs_of_a_figure_as_coded() -> None:
-    planned = dict(figures.condition_runs("digits", seeds=1, epochs=1, as_coded=True))
+    planned = dict(figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, as_coded=True))
     assert all(config.left_out == 2 for config in planned.values())
     assert all(planned[name].solver_options["order"] == "sequential" for name in ("baseline", "a", "b", "c", "d"))
     assert [name for name, config in planned.items() if not config.frozen.input] == ["d"]
 
 
+@pytest.mark.parametrize("name", ["figure2", "appendix-c"])
+def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
+    experiment = figures.EXPERIMENTS[name]
+    for dataset in experiment.conditions:
+        planned = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1))
+        assert len({config.id for config in planned.values()}) == 10
+        assert {config.model for config in planned.values()} == {"cnn"}
+        assert planned["ψ-f'"].feedback == {"all": "learned"}
+        assert planned["ψ-f'"].dropped == {"all": "both"}
+        assert planned["f'-conv"].dropped == {"convolutional": "both"}
+        assert not planned["baseline"].feedback
+        assert not planned["baseline"].dropped
+        coded = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1, as_coded=True))["ψ-fc"]
+        assert (coded.model, coded.signed_inputs, coded.convolutional_factor) == ("cnn-as-coded", True, 2)
+    assert figures.EXPERIMENTS["appendix-c"].of("svhn")["f'"].claim == "worse"
+    assert figures.EXPERIMENTS["figure2"].of("leaves") is figures.SIMPLIFIED
+
+
 def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:
-    planned = figures.condition_runs("digits", seeds=1, epochs=2)
+    planned = figures.condition_runs(DEMO, "digits", seeds=1, epochs=2)
     configs, digits = [config for name, config in planned if name in ("baseline", "backprop")], data.load("digits")
     for _ in range(2):
         counted: list[int] = []
