@@ -190,6 +190,10 @@ class Graph:
             self._source = self._pull(self._driven(self.stored), self.vertices, self.stored)
         return self._source
 
+    def output_scale(self) -> float:
+        """The largest number in ∂L/∂(outputs)."""
+        return max([float(g.abs().max()) for _, g in self._driven(self.stored) if g.numel()], default=0.0)
+
     def initial_states(self) -> States:
         """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
         at ∂L/∂x^L where the output is clamped."""

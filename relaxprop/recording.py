@@ -328,7 +328,7 @@ class _Run:
         return {
             layer: returned
             for layer, returned in self.above.items()
-            if layer not in self.below and not self.above.keys() & set(layer.children()) and not _has_own_hooks(layer)
+            if layer not in self.below and _does_as_its_class_says(layer)
         }
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -377,9 +377,10 @@ def find_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in modules if (m._parameters or m in parametrized) and m not in within]
 
 
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class says: those things happen in every run."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _does_as_its_class_says(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but compute its output: what else it did would happen once only."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not changed and type(module).__module__.startswith("torch.nn.") and _has_no_submodules(module)
 
 
 @contextmanager

@@ -167,14 +167,17 @@ class ActivationRelaxation(nn.Module):
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         module = self.module
-        plain = self.frozen == ALL_FROZEN and not self.measure_residual and not differs_by_phase(module)
-        if isinstance(self.solver, Equilibrium) and plain:
+        if isinstance(self.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self._recorder.record(module, find_vertices(module, self.vertices), args, kwargs)
         if not recording.graph.outputs:
             return recording.result
         outputs = iter(_RelaxationPhase.apply(self, recording, *recording.given))  # type: ignore[no-untyped-call]
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
+
+    def _is_reverse_mode(self) -> bool:
+        """Whether the gradients at equilibrium are those of one reverse sweep."""
+        return self.frozen == ALL_FROZEN and not self.measure_residual and not differs_by_phase(self.module)
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""

@@ -279,7 +279,8 @@ class Continuous(_Linear):
     def _integrate(self, graph: Graph) -> tuple[States, Relaxation]:
         """The nonlinear equation, by SciPy's adaptive Runge-Kutta method of order 5(4).
 
-        The error allowed per step is the square root of the states' rounding, so that rounding does not steer the step.
+        The error allowed per step is the square root of the states' rounding, relative to each state or to the output's
+        gradient, so that neither rounding nor the loss's scale steers the step.
 
         Raises:
             RuntimeError: the derivative jumps along the way, so that the steps become too many.
@@ -287,14 +288,16 @@ class Continuous(_Linear):
         initial = graph.initial_states()
         if not initial:
             return {}, _record(graph, {}, None, num_steps=None, transports=0)
-        sizes = [x.numel() for x in initial.values()]
+        real = {v: _as_real(x) for v, x in initial.items()}
+        sizes = [x.numel() for x in real.values()]
 
         def unpacked(y: NDArray[np.float64]) -> States:
             parts = torch.split(torch.from_numpy(y), sizes)
-            return {v: part.view_as(x).to(x) for (v, x), part in zip(initial.items(), parts, strict=True)}
+            states = {v: part.view_as(x).to(x) for (v, x), part in zip(real.items(), parts, strict=True)}
+            return {v: torch.view_as_complex(x) if initial[v].is_complex() else x for v, x in states.items()}
 
         def packed(states: States) -> NDArray[np.float64]:
-            return torch.cat([states[v].double().flatten().cpu() for v in initial]).numpy()
+            return torch.cat([_as_real(states[v]).double().flatten().cpu() for v in initial]).numpy()
 
         evaluations = itertools.count(1)
 
@@ -311,7 +314,7 @@ class Continuous(_Linear):
         with np.errstate(all="ignore"):  # what overflows is found below
             path = solve_ivp(
                 derivative, (0.0, float(self.duration)), packed(initial), t_eval=[float(self.duration)],
-                rtol=allowed, atol=allowed,
+                rtol=allowed, atol=allowed * (graph.output_scale() or 1),
             )  # fmt: skip
         # Where the integration gave up the states have run away: they are no number.
         end = path.y[:, -1] if path.success else np.full(sum(sizes), np.nan)
@@ -349,6 +352,11 @@ def check_solves(solver: Solver, frozen: Frozen) -> None:
             "follow the states and the relaxation is not linear: pass solver=Euler(0.1, 100), which simulates it, or "
             "Continuous(10.0)"
         )
+
+
+def _as_real(x: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 @cache

@@ -408,3 +408,23 @@ def test_every_rule_under_every_condition_in_continuous_time(
     frozen: Frozen, rule: FeedbackRule, dropped: tuple[bool, bool]
 ) -> None:
     assert_same_as_loop("mlp", frozen, Continuous(0.5), rule=rule, dropped=dropped, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_integration_is_as_exact_at_any_scale_of_the_loss(scale: float, dtype: torch.dtype) -> None:
+    """Where the model is linear there is nothing to unfreeze, and the Poisson weights are exact."""
+    torch.manual_seed(4)
+    layers = [nn.Linear(4, 6), nn.Identity(), nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 2)]
+    module, z = nn.Sequential(*layers).to(dtype), torch.randn(3, 4, dtype=dtype)
+    found = []
+    for frozen in (Frozen(), Frozen(relaxation_derivative=False)):
+        module.zero_grad()
+        model = ActivationRelaxation(module, solver=Continuous(15.0), vertices=[layers[1], layers[3]], frozen=frozen)
+        (scale * model(z).abs().square().sum()).backward()
+        found.append([p.grad for p in module.parameters()])
+    for exact, integrated in zip(*found, strict=True):
+        assert exact is not None
+        assert integrated is not None
+        assert float((integrated - exact).norm()) < 0.01 * float(exact.norm())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -44,9 +45,22 @@ def test_the_commands_exist_with_their_options(line: str) -> None:
 
 
 def test_the_tables_are_the_kept_results() -> None:
-    assert (ROOT / "results" / "mnist" / "table.md").read_text(encoding="utf-8") in README
+    for figure in ("figure1", "figure3"):
+        written = (ROOT / "results" / figure / "table.md").read_text(encoding="utf-8")
+        assert written.partition("\n\n")[0] in README
     benchmark = Benchmark.model_validate_json((ROOT / "results" / "bench-mlp.json").read_text())
     assert markdown(benchmark) in README
+
+
+def test_the_learning_curves_numbers_are_the_kept_results() -> None:
+    lines = csv.DictReader((ROOT / "results" / "figure1" / "accuracy.csv").read_text().splitlines())
+    accuracy = {(line["condition"], line["epoch"]): f"{100 * float(line['test_accuracy']):.2f}" for line in lines}
+    ours, theirs = ([accuracy[name, epoch] for epoch in ("1", "3", "5")] for name in ("baseline", "backprop"))
+    sentence = (
+        f"After 1, 3 and 5 epochs of MNIST Activation Relaxation reaches {ours[0]}, {ours[1]} and {ours[2]} % and "
+        f"backpropagation {theirs[0]}, {theirs[1]} and {theirs[2]} %."
+    )
+    assert sentence in " ".join(README.split())
 
 
 def test_links_lead_somewhere() -> None:

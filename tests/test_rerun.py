@@ -944,3 +944,34 @@ def test_copies_and_print(frozen: Frozen) -> None:
         assert repr(other) == repr(model)
     assert f"frozen={frozen}" in repr(model)
     assert "frozen" not in repr(ActivationRelaxation(module, frozen=Frozen()))
+
+
+class Stem(nn.Module):
+    def __init__(self, owner: list[Tensor]) -> None:
+        super().__init__()
+        self.weight, self.body, self.left = nn.Parameter(torch.randn(4)), nn.Sequential(nn.Linear(4, 4)), owner
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left[:] = [torch.sigmoid(x.sum(1, keepdim=True))]
+        output: Tensor = self.body(x) * self.weight
+        return output
+
+
+class Gate(nn.Module):
+    def __init__(self, left: list[Tensor]) -> None:
+        super().__init__()
+        self.left = left
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.left[0]
+
+
+@every_condition
+def test_layers_that_leave_something_behind_are_run_again(frozen: Frozen) -> None:
+    left: list[Tensor] = []
+    module = nn.Sequential(Stem(left), nn.Tanh(), Gate(left), nn.Linear(4, 2))
+    model, inputs = ActivationRelaxation(module, solver=EULER, frozen=frozen), [torch.randn(3, 4) for _ in range(2)]
+    together = torch.autograd.grad(sum(squares(model(z)) for z in inputs), list(module.parameters()))  # type: ignore[arg-type]
+    alone = [torch.autograd.grad(squares(model(z)), list(module.parameters())) for z in inputs]
+    for both, one, other in zip(together, *alone, strict=True):
+        assert_same(both, one + other, tolerance=1e-5)

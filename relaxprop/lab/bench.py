@@ -122,6 +122,8 @@ def markdown(benchmark: Benchmark) -> str:
     lines += [
         f"| {c.rule} | {c.milliseconds:.2f} | {c.time_ratio:.2f}× | {c.memory_ratio:.2f}× |" for c in benchmark.costs
     ]
+    lines += ["", "| part | time |", "| --- | --- |"]
+    lines += [f"| {r.what} | {r.ratio:.2f} × {r.least} |" for r in benchmark.ratios]
     return "".join(f"{line}\n" for line in lines)
 
 

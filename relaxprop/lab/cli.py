@@ -21,7 +21,7 @@ from relaxprop import __version__
 from relaxprop.frozen import Frozen
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab import data, figures, records
-from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError
+from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelError, ModelName
@@ -126,8 +126,8 @@ def train(
         rule=rule,
         solver=solver,
         unfreeze=unfreeze or (),
-        feedback=_by_part(feedback),
-        dropped=_by_part(drop_derivatives),
+        feedback=_by_part(feedback, "--feedback"),
+        dropped=_by_part(drop_derivatives, "--drop-derivatives"),
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,
@@ -161,6 +161,10 @@ def reproduce(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training data. (default: 8 for demo, else 30)")
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one, beside backpropagation and the baseline; repeat it for several."),
+    ] = None,
     as_coded: Annotated[
         bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
     ] = False,
@@ -176,20 +180,22 @@ def reproduce(
     Backpropagation, Activation Relaxation, and Activation Relaxation under each of the paper's conditions.
     """
     experiment = figures.EXPERIMENTS[figure]
-    for name in [dataset] if dataset else experiment.conditions:
+    names = [dataset] if dataset else list(experiment.conditions)
+    loaded = {name: data.load(name, data_dir) for name in names}  # all, before anything is computed
+    for name in names:
         folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
         if out and not dataset and len(experiment.conditions) > 1:
             folder = out / name
-        _reproduce(figure, name, seeds, epochs, as_coded, data_dir, runs, folder, device)
+        _reproduce(figure, loaded[name], seeds, epochs, condition or (), as_coded, runs, folder, device)
 
 
 def _reproduce(
     figure: FigureName,
-    dataset: str,
+    loaded: Dataset,
     seeds: int | None,
     epochs: int | None,
+    only: Sequence[str],
     as_coded: bool,
-    data_dir: Path | None,
     runs: Path,
     folder: Path,
     device: str,
@@ -199,15 +205,16 @@ def _reproduce(
     epochs, on_device = epochs or experiment.epochs, _device(device)
     for written in (runs, folder):
         records.check_writable(written)
-    loaded = data.load(dataset, data_dir)
-    planned = figures.condition_runs(
-        experiment,
-        dataset,
-        seeds=seeds or experiment.seeds,
-        epochs=epochs,
-        data=loaded.digest,
-        as_coded=as_coded,
-    )
+    with _usage_errors("--condition"):
+        planned = figures.condition_runs(
+            experiment,
+            loaded.name,
+            seeds=seeds or experiment.seeds,
+            epochs=epochs,
+            data=loaded.digest,
+            as_coded=as_coded,
+            only=only,
+        )
     conditions, configs = zip(*planned, strict=True)
     labels = {config.id: condition for condition, config in planned}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
@@ -402,10 +409,15 @@ def _run_config(
         return RunConfig(solver_options=solver_options, **values)
 
 
-def _by_part(options: Sequence[str] | None) -> dict[str, str]:
+def _by_part(options: Sequence[str] | None, flag: str) -> dict[str, str]:
     """``PART=VALUE``, or ``VALUE`` for the whole network."""
-    pairs = (option.rpartition("=") for option in options or ())
-    return {part or "all": value for part, _, value in pairs}
+    found: dict[str, str] = {}
+    for option in options or ():
+        part, _, value = option.rpartition("=")
+        if (part or "all") in found:
+            raise typer.BadParameter(f"{option!r} names a part for the second time", param_hint=flag)
+        found[part or "all"] = value
+    return found
 
 
 @contextmanager
@@ -415,9 +427,12 @@ def _usage_errors(option: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        names = {"dropped": "drop-derivatives"}
-        flag = f"--{names.get(name := str(first['loc'][0]), name.replace('_', '-'))}" if first["loc"] else option
-        raise typer.BadParameter(f"{first['msg']}, got {first['input']!r}", param_hint=flag) from error
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise typer.BadParameter(message, param_hint=option) from error
+        name = str(first["loc"][0])
+        flag = {"dropped": "--drop-derivatives"}.get(name, f"--{name.replace('_', '-')}")
+        raise typer.BadParameter(f"{message}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
 

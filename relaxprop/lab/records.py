@@ -84,6 +84,15 @@ class RunConfig(BaseModel):
     @classmethod
     def _spell_out(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Fills the solver and its defaults in, so that a run has one description; backpropagation has no solver."""
+        if not isinstance(values, dict):
+            return values
+        try:
+            return cls._spelt_out(values)
+        except TypeError as error:  # which pydantic would let through
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def _spelt_out(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("rule") == "backprop":
             return values | {
                 "solver": "closed-form",
@@ -100,7 +109,10 @@ class RunConfig(BaseModel):
             return values
         solver = kind(**values.get("solver_options", {}))
         check_solves(solver, frozen)
-        return values | {"solver": name, "solver_options": vars(solver), "frozen": frozen}
+        parts = values.get("feedback", {})
+        if isinstance(parts, dict):  # their order is that of the random draws
+            parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}
+        return values | {"solver": name, "solver_options": vars(solver), "frozen": frozen, "feedback": parts}
 
     def build_solver(self) -> Solver:
         """The solver that the description names."""
@@ -111,7 +123,8 @@ class RunConfig(BaseModel):
         """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
         added = ("feedback", "dropped", "signed_inputs", "convolutional_factor")
-        unused = {name for name in added if getattr(self, name) in ({}, False, 1.0)}
+        fields = type(self).model_fields
+        unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
         content = self.model_dump_json(exclude={"epochs", *unused})
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"
@@ -204,10 +217,12 @@ def read_run(path: Path) -> KeptRun:
     """
     try:
         config = RunConfig.model_validate_json((path / "config.json").read_text())
+        record = Record(config, path.parent)
+        record.path = path  # the folder may have been renamed
         return KeptRun(
             config,
             json.loads((path / "environment.json").read_text()),
-            Record(config, path.parent)._finished_epochs(),
+            record._finished_epochs(),
             _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
         )
     except FileNotFoundError as error:

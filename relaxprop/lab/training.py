@@ -28,6 +28,7 @@ def train(
     *,
     root: Path | None = None,
     device: torch.device | str = "cpu",
+    check_finite: bool = True,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochMetrics]:
     """Trains a network as described and returns the metrics of every epoch.
@@ -35,6 +36,7 @@ def train(
     Args:
         root: folder of run directories. A run that is finished there is not computed again, and one that was
             interrupted continues to the same metrics as if it had not been. None keeps nothing.
+        check_finite: whether a relaxation that diverges is an error, or, as in backpropagation, a bad result.
         on_epoch: called after every epoch that is computed.
 
     Raises:
@@ -60,7 +62,9 @@ def train(
     dataset = dataset.to(device)
     trained: nn.Module = model
     if config.rule == "ar":
-        trained = wrapped = ActivationRelaxation(model, solver=config.build_solver(), frozen=config.frozen)
+        trained = wrapped = ActivationRelaxation(
+            model, solver=config.build_solver(), frozen=config.frozen, check_finite=check_finite
+        )
         if record is not None:
             record.save_locality(describe_locality(wrapped, dataset.train.images[:2]))
     rows = kept_samples(len(dataset.test), config)

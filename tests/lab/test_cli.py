@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_help_and_version() -> None:
         (("reproduce", "figure9"), ("figure9", "demo", "figure1", "appendix-c")),
         (("reproduce",), ("Missing argument", "demo")),
         (("reproduce", "demo", "--seeds", "0"), ("'--seeds'", "greater than or equal to 1")),
+        (("train", "--feedback", "learned", "--feedback", "all=random"), ("--feedback", "second time")),
         (("train", "--feedback", "hebb"), ("--feedback", "hebb", "learned")),
         (("train", "--feedback", "head=learned"), ("--feedback", "head", "convolutional")),
         (("train", "--drop-derivatives", "all=never"), ("--drop-derivatives", "never", "relaxation")),
@@ -155,7 +157,9 @@ def test_show_tells_what_a_run_was_and_what_its_updates_read(
 ) -> None:
     assert invoke("train", "--epochs", "2", "--unfreeze", "update-activity")[0] == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    for name in (folder.name, str(folder)):
+    folder.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", folder)
+    for name in (folder.name, str(folder), "moved"):
         status, text = invoke("show", name)
         assert status == 0
         for part in ('"update_activity": false', "torch 2.", "epoch 2: test accuracy", "pre: x of tanh1"):
@@ -165,9 +169,10 @@ def test_show_tells_what_a_run_was_and_what_its_updates_read(
     assert run_main(monkeypatch, "show", "another") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: no run in runs/another: config.json is missing; in runs are digits-mlp-ar-seed0-")
-    (folder / "config.json").write_text("{}}")
-    assert run_main(monkeypatch, "show", folder.name) == 1
-    assert "is damaged" in capsys.readouterr().err
+    for damage in ("{}}", "[]", '{"frozen": {"weights": false}}'):
+        (folder / "config.json").write_text(damage)
+        assert run_main(monkeypatch, "show", folder.name) == 1
+        assert "is damaged" in capsys.readouterr().err
 
 
 def test_train_with_an_unfrozen_pass(tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def test_the_runs_of_a_figure() -> None:
             assert (config.solver_options["step_size"], config.solver_options["num_steps"]) == (0.1, 100)
 
 
+def test_some_of_the_runs_of_a_figure() -> None:
+    planned = figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["d"])
+    assert [name for name, _ in planned] == ["backprop", "baseline", "d"]
+    with pytest.raises(ValueError, match=r"condition must be one of backprop, baseline, a, b, c, d, got 'e'"):
+        figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["e"])
+
+
 def test_the_runs_of_a_figure_as_coded() -> None:
     planned = dict(figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, as_coded=True))
     assert all(config.left_out == 2 for config in planned.values())
@@ -146,6 +153,18 @@ def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
         assert (coded.model, coded.signed_inputs, coded.convolutional_factor) == ("cnn-as-coded", True, 2)
     assert figures.EXPERIMENTS["appendix-c"].of("svhn")["f'"].claim == "worse"
     assert figures.EXPERIMENTS["figure2"].of("leaves") is figures.SIMPLIFIED
+
+
+def test_nothing_can_be_destroyed_where_nothing_was_learned() -> None:
+    difference = figures.mean_over_seeds([0.0, 0.001, -0.001])
+    assert figures.verdict("destroyed", difference, reference=0.09, chance=0.12).startswith("open")
+
+
+def test_a_condition_that_diverges_is_a_result(tmp_path: Path) -> None:
+    config = RunConfig(epochs=1, learning_rate=5.0)
+    (run,) = run_all([config], data.load("digits"), root=tmp_path)
+    assert math.isnan(run.metrics[0].train_loss)
+    assert run.metrics[0].test_accuracy < 0.2
 
 
 def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:

@@ -90,6 +90,25 @@ def test_the_last_minibatches_can_be_left_out(digits: Dataset) -> None:
         train(small(1, left_out=5), digits)
 
 
+def test_every_switch_gives_a_run_another_name() -> None:
+    switches: list[dict[str, object]] = [
+        {},
+        {"signed_inputs": True},
+        {"convolutional_factor": 2},
+        {"left_out": 1},
+        {"feedback": {"all": "learned"}},
+        {"feedback": {"all": "random"}},
+        {"dropped": {"all": "both"}},
+        {"frozen": {"update_derivative": False}},
+        {"frozen": {"update_activity": False}},
+        {"frozen": {"update_activity": False, "input": False}},
+    ]
+    assert len({small(1, **switch).id for switch in switches}) == len(switches)
+    assert small(1, feedback={"all": "symmetric"}) == small(1)
+    parts = {"fully_connected": "learned", "convolutional": "random"}
+    assert small(1, feedback=parts).id == small(1, feedback=dict(sorted(parts.items()))).id
+
+
 def test_a_solver_that_cannot_follow_the_jacobians_is_refused() -> None:
     frozen = {"relaxation_derivative": False}
     assert small(frozen=frozen).solver == "euler"
