@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -202,6 +203,8 @@ def _reproduce(
 ) -> None:
     """A figure on one data set."""
     experiment = figures.EXPERIMENTS[figure]
+    if as_coded:
+        experiment = replace(experiment, title=f"{experiment.title}, as coded")
     epochs, on_device = epochs or experiment.epochs, _device(device)
     for written in (runs, folder):
         records.check_writable(written)
