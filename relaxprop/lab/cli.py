@@ -182,6 +182,9 @@ def reproduce(
     """
     experiment = figures.EXPERIMENTS[figure]
     names = [dataset] if dataset else list(experiment.conditions)
+    for name in names:
+        with _usage_errors("--condition"):
+            figures.condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
     loaded = {name: data.load(name, data_dir) for name in names}  # all, before anything is computed
     for name in names:
         folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"

@@ -74,6 +74,8 @@ def test_help_and_version() -> None:
         (("reproduce",), ("Missing argument", "demo")),
         (("reproduce", "demo", "--seeds", "0"), ("'--seeds'", "greater than or equal to 1")),
         (("train", "--feedback", "learned", "--feedback", "all=random"), ("--feedback", "second time")),
+        (("reproduce", "figure1", "--condition", "z"), ("--condition", "backprop, baseline, a, b, c, d", "'z'")),
+        (("reproduce", "demo", "--dataset", "a/b"), ("--dataset", "a/b")),
         (("train", "--feedback", "hebb"), ("--feedback", "hebb", "learned")),
         (("train", "--feedback", "head=learned"), ("--feedback", "head", "convolutional")),
         (("train", "--drop-derivatives", "all=never"), ("--drop-derivatives", "never", "relaxation")),
