@@ -8,7 +8,7 @@ r"""The frozen feedforward pass: which feedforward quantities (1) and (2) keep w
                    update_derivative     update_activity
 
 A brain would have to store x̄ over the relaxation phase for each of them. Unfrozen, a quantity is taken at the current
-activity, ``x̄^l → x^l``. The paper unfreezes one at a time:
+activity, ``x̄^l → x^l``. The paper unfreezes one at a time, and reports (results/ has what this project measured):
 
     a   relaxation_derivative=False                            keeps performance
     b   update_derivative=False                                keeps performance

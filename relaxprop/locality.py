@@ -122,7 +122,7 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
         with undisturbed(model), torch.enable_grad():
             walk = _Walk(model, inputs)
             return Locality((*walk.states(), *walk.layers()), _schedule(model.solver))
-    except Exception as error:
+    except TypeError as error:  # an argument is missing
         if not inputs:
             error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")
         raise

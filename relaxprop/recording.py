@@ -210,15 +210,15 @@ class _Pass:
         overwritten = self.recorder.overwritten
         for handed in run.handed_on.values():
             overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
-        self.recorded, self.num_layers = run.vertices, len(run.layers)
-        self.shapes = [x.shape for x in outputs]
+        self.stored = Linearisation({v: v for v in run.vertices}, outputs, run.layers)
         graph = Graph(
-            Linearisation({v: v for v in run.vertices}, outputs, run.layers),
+            self.stored,
             self.phase,
             clamped=self.recorder.output == "clamped",
             frozen=self.recorder.frozen,
-            rerun=self.rerun,
+            rerun=None if self.surroundings is None else self.rerun,
         )
+        self.recorded = graph.recorded
         inputs = [pair for key, pair in self.inputs.items() if key in graph.read and pair[0].requires_grad]
         parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
         self.recorder.check_trained(self.module, parameters)
@@ -242,8 +242,12 @@ class _Pass:
         constant = {m: calls for m, calls in self.constant.items() if not any(x.overwritten for x in calls)}
         with self.surroundings.restored(), _returning(constant), torch.enable_grad():
             _, outputs = run.call()
-        lengths = len(run.vertices), len(run.layers)
-        if lengths != (len(self.recorded), self.num_layers) or [x.shape for x in outputs] != self.shapes:
+        stored = self.stored
+        if (
+            len(run.vertices) != len(self.recorded)
+            or len(run.layers) != len(stored.layers)
+            or [x.shape for x in outputs] != [x.shape for x in stored.outputs]
+        ):
             raise _other_path()
         return Linearisation(dict(zip(self.recorded, run.vertices, strict=True)), outputs, run.layers)
 
@@ -309,7 +313,7 @@ class _Run:
         if self.values is None and (self.vertices or not isinstance(output, Tensor)):
             self.below.add(module)
         elif self.values is None:
-            self.above.setdefault(module, []).append(_HandedOn("", output, output, output._version))
+            self.above.setdefault(module, []).append(_HandedOn.of_layer(output))
         return output
 
     def _note(self, x: Tensor) -> Tensor:
@@ -319,7 +323,7 @@ class _Run:
             x = x.view_as(x)
         if x._is_view():
             x = x.clone() if self.of.recorder.copies_views else x
-            self.noted.append(_HandedOn("", x, x, x._version))
+            self.noted.append(_HandedOn.of_layer(x))
         return x
 
     def constant(self) -> dict[nn.Module, list[_HandedOn]]:
@@ -432,10 +436,14 @@ def _other_path() -> RuntimeError:
 class _HandedOn(NamedTuple):
     """What the rest of the model reads: of a vertex, of an input, of a layer."""
 
-    origin: str  # the name of the module, or "input"
+    origin: str  # the name of the vertex's module, "input", or ""
     tensor: Tensor
-    leaf: Tensor
+    leaf: Tensor  # for a layer the tensor itself
     version: int
+
+    @classmethod
+    def of_layer(cls, output: Tensor) -> _HandedOn:
+        return cls("", output, output, output._version)
 
     @property
     def overwritten(self) -> bool:

@@ -108,11 +108,13 @@ class ActivationRelaxation(nn.Module):
     Raises:
         TypeError: ``module`` is no module or already wrapped, or an option has the wrong type; in the forward pass,
             tensors in an object that PyTorch cannot take apart.
-        ValueError: an unknown option, or no vertex is found; in the forward pass, ``module`` reads a tensor that
-            requires grad and is neither its parameter nor its input.
+        ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
+            the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
+            or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
         RuntimeError: in the backward pass, if a second derivative is asked for (``create_graph=True``), or if the loss
-            reads an activity that ``module`` did not return.
+            reads an activity that ``module`` did not return; where something is unfrozen, if a parameter or an input
+            was changed in place since the forward pass, or the model takes another path.
     """
 
     def __init__(

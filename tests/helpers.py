@@ -48,6 +48,15 @@ def assert_same_gradients(actual: Gradients, expected: Gradients, tolerance: flo
             assert_same(found, wanted, name, tolerance)
 
 
+def assert_literal(found: Gradients, expected: Gradients, tolerance: float | None = None) -> None:
+    """As `assert_same_gradients`, where only the expected ones are looked at, none of which is missing."""
+    for name, wanted in expected.items():
+        assert wanted is not None
+        actual = found[name]
+        assert actual is not None
+        assert_same(actual, wanted, name, tolerance)
+
+
 def largest_distance(actual: Gradients, expected: Gradients) -> float:
     pairs = [(actual[name], wanted) for name, wanted in expected.items()]
     return max(distance(a, e) for a, e in pairs if a is not None and e is not None)
@@ -391,6 +400,34 @@ def _affine(layer: nn.Module, x: Tensor) -> Tensor:
     return x @ layer.weight.detach().T + layer.bias.detach()
 
 
+def backwards(layer: Any) -> Tensor:
+    """B, which stands for W where errors are sent back."""
+    W: Tensor = layer.weight.detach()
+    rule = getattr(layer, "feedback_rule", "symmetric")
+    if rule == "sign":
+        return W.sign() * W.abs().mean()
+    B: Tensor = W if rule == "symmetric" else layer.feedback.detach()
+    return B
+
+
+def branches_update(deltas: Sequence[Tensor], y: Sequence[Tensor], error: Tensor) -> Gradients:
+    """(2) of `Branches`: the errors of a, b, c, d with presynaptic activities z, a, b, c, d."""
+    delta_a, delta_b, delta_c, delta_d = deltas
+    z, a, b, c, d = y
+    return {
+        "V.weight": delta_a.T @ z,
+        "V.bias": delta_a.sum(0),
+        "W.weight": delta_b.T @ a + delta_c.T @ b,
+        "W.bias": delta_b.sum(0) + delta_c.sum(0),
+        "U.weight": delta_d.T @ a,
+        "U.bias": delta_d.sum(0),
+        "P.weight": error.T @ (c + d),
+        "P.bias": error.sum(0),
+        "Q.weight": error.T @ b,
+        "Q.bias": error.sum(0),
+    }
+
+
 class LiteralChain:
     """x^{l+1} = tanh(W^l x^l + b^l) with a linear output and loss Σ (x^L − 0.3)², for a network made by `mlp`.
 
@@ -449,21 +486,9 @@ class LiteralBranches:
         return [drive_a, drive_b, self.error @ self.P, self.error @ self.P]
 
     def gradients(self, x: Sequence[Tensor]) -> Gradients:
-        delta_a, delta_b, delta_c, delta_d = self.deltas(x)
-        a, b, c, d = self.activities
-        return {
-            "input 0": delta_a @ self.V,
-            "V.weight": delta_a.T @ self.z,
-            "V.bias": delta_a.sum(0),
-            "W.weight": delta_b.T @ a + delta_c.T @ b,
-            "W.bias": delta_b.sum(0) + delta_c.sum(0),
-            "U.weight": delta_d.T @ a,
-            "U.bias": delta_d.sum(0),
-            "P.weight": self.error.T @ (c + d),
-            "P.bias": self.error.sum(0),
-            "Q.weight": self.error.T @ b,
-            "Q.bias": self.error.sum(0),
-        }
+        deltas = self.deltas(x)
+        found: Gradients = {"input 0": deltas[0] @ self.V}
+        return found | branches_update(deltas, [self.z, *self.activities], self.error)
 
 
 def literal_problems() -> list[tuple[nn.Module, Tensor, LiteralNetwork]]:

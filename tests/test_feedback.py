@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, alignment, drop_derivatives, use_feedback
 from relaxprop.feedback import FeedbackRule
 from relaxprop.solvers import Solver
-from tests.helpers import Branches, Gradients, LiteralChain, assert_same, backward, gradients, mlp, relax, squares
+from tests.helpers import (
+    Branches,
+    LiteralChain,
+    assert_literal,
+    assert_same,
+    backward,
+    backwards,
+    gradients,
+    mlp,
+    relax,
+    squares,
+)
 
 SOLVERS: tuple[Solver, ...] = (
     ClosedForm(0.3, 9),
@@ -54,22 +65,6 @@ def synaptic(module: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)}
 
 
-def backwards(layer: Any, rule: FeedbackRule) -> Tensor:
-    W: Tensor = layer.weight.detach()
-    if rule == "sign":
-        return W.sign() * W.abs().mean()
-    B: Tensor = layer.feedback.detach()
-    return B
-
-
-def assert_literal(found: Gradients, expected: Gradients) -> None:
-    for name, gradient in expected.items():
-        assert gradient is not None
-        actual = found[name]
-        assert actual is not None
-        assert_same(actual, gradient, name)
-
-
 # ------------------------------------------------------------------------------------------------- backwards weights
 
 
@@ -78,7 +73,7 @@ def assert_literal(found: Gradients, expected: Gradients) -> None:
 def test_feedback_is_equation_3(rule: FeedbackRule, solver: Solver) -> None:
     network, z = use_feedback(mlp(4, 6, 5, 5, 3).double(), rule), torch.randn(3, 4).double()
     literal = LiteralChain(network, z)
-    literal.B = [backwards(layer, rule) for layer in literal.layers]
+    literal.B = [backwards(layer) for layer in literal.layers]
     steps = (0.3, 9, solver.order) if isinstance(solver, ClosedForm | Euler) else (1.0, 3, "simultaneous")
     expected = literal.gradients(relax(literal, *steps))
     found = gradients(ActivationRelaxation(network, solver=solver), (z,))
@@ -294,7 +289,7 @@ def test_feedback_and_dropped_derivatives_compose() -> None:
     network, z = mlp(4, 6, 5, 5, 3).double(), torch.randn(3, 4).double()
     drop_derivatives(use_feedback(network, "learned"), update=False)
     literal = LiteralChain(network, z)
-    literal.B = [backwards(layer, "learned") for layer in literal.layers]
+    literal.B = [backwards(layer) for layer in literal.layers]
     literal.relaxing = [torch.ones_like(slope) for slope in literal.relaxing]
     expected = literal.gradients(relax(literal, 0.3, 9, "simultaneous"))
     assert_literal(gradients(ActivationRelaxation(network, solver=ClosedForm(0.3, 9)), (z,)), expected)

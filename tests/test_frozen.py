@@ -29,7 +29,17 @@ from relaxprop import (
 )
 from relaxprop.feedback import FeedbackRule
 from relaxprop.solvers import Solver
-from tests.helpers import Branches, Gradients, assert_same, cnn, gradients, mlp, name_of
+from tests.helpers import (
+    Branches,
+    Gradients,
+    assert_literal,
+    backwards,
+    branches_update,
+    cnn,
+    gradients,
+    mlp,
+    name_of,
+)
 
 COMBINATIONS = [
     Frozen(r, u, a, i) for r, u, a, i in product((True, False), repeat=4) if i or not (r and u and a)
@@ -84,17 +94,6 @@ def sigmoid_slope(u: Tensor) -> Tensor:
 
 def weight(layer: Any) -> Tensor:
     found: Tensor = layer.weight.detach()
-    return found
-
-
-def backwards(layer: Any) -> Tensor:
-    """B, which stands for W where errors are sent back."""
-    rule = getattr(layer, "feedback_rule", "symmetric")
-    if rule == "symmetric":
-        return weight(layer)
-    if rule == "sign":
-        return weight(layer).sign() * weight(layer).abs().mean()
-    found: Tensor = layer.feedback.detach()
     return found
 
 
@@ -177,20 +176,7 @@ class LoopBranches:
         return [delta_a @ V, to_a, delta_c @ W + self.error @ Q, self.error @ P, self.error @ P]
 
     def gradients(self, x: Sequence[Tensor], slopes: Sequence[Any], y: Sequence[Tensor]) -> Gradients:
-        delta_a, delta_b, delta_c, delta_d = (slope * x_i for slope, x_i in zip(slopes, x[1:], strict=True))
-        z, a, b, c, d = y
-        return {
-            "V.weight": delta_a.T @ z,
-            "V.bias": delta_a.sum(0),
-            "W.weight": delta_b.T @ a + delta_c.T @ b,
-            "W.bias": delta_b.sum(0) + delta_c.sum(0),
-            "U.weight": delta_d.T @ a,
-            "U.bias": delta_d.sum(0),
-            "P.weight": self.error.T @ (c + d),
-            "P.bias": self.error.sum(0),
-            "Q.weight": self.error.T @ b,
-            "Q.bias": self.error.sum(0),
-        }
+        return branches_update([slope * x_i for slope, x_i in zip(slopes, x[1:], strict=True)], y, self.error)
 
 
 class LoopCNN:
@@ -302,7 +288,7 @@ def simulate(
         sizes = [len(part.flatten()) for part in x]
 
         def unpacked(flat: np.ndarray[Any, np.dtype[np.float64]]) -> list[Tensor]:
-            parts = torch.from_numpy(flat).split(sizes)  # type: ignore[no-untyped-call]
+            parts = torch.split(torch.from_numpy(flat), sizes)
             return [part.view_as(like) for part, like in zip(parts, bar, strict=True)]
 
         def derivative(_: float, flat: Any) -> Any:
@@ -347,11 +333,7 @@ def assert_same_as_loop(
     expected = simulate(name, module, z, frozen, solver, dropped)
     drop_derivatives(module, relaxation=dropped[0], update=dropped[1])
     found = gradients(ActivationRelaxation(module, solver=solver, frozen=frozen), (z,))
-    for parameter, gradient in expected.items():
-        assert gradient is not None
-        actual = found[parameter]
-        assert actual is not None
-        assert_same(actual, gradient, parameter, tolerance)
+    assert_literal(found, expected, tolerance)
 
 
 every_network = pytest.mark.parametrize("name", NETWORKS)

@@ -146,7 +146,7 @@ def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
         ratios: list[float] = [row[0] / per / sum(row[1:]) for row in seconds]
         return statistics.median(ratios)
 
-    baseline = str(next(name for name in times if name.startswith("ClosedForm")))
+    baseline = next(name for name in times if name.startswith("ClosedForm"))
     return [
         Ratio(
             what="a step of Euler",

@@ -211,16 +211,15 @@ def _reproduce(
     epochs, on_device = epochs or experiment.epochs, _device(device)
     for written in (runs, folder):
         records.check_writable(written)
-    with _usage_errors("--condition"):
-        planned = figures.condition_runs(
-            experiment,
-            loaded.name,
-            seeds=seeds or experiment.seeds,
-            epochs=epochs,
-            data=loaded.digest,
-            as_coded=as_coded,
-            only=only,
-        )
+    planned = figures.condition_runs(
+        experiment,
+        loaded.name,
+        seeds=seeds or experiment.seeds,
+        epochs=epochs,
+        data=loaded.digest,
+        as_coded=as_coded,
+        only=only,
+    )
     conditions, configs = zip(*planned, strict=True)
     labels = {config.id: condition for condition, config in planned}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"

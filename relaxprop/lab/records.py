@@ -33,7 +33,6 @@ from relaxprop.locality import Locality
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
 Rule = Literal["ar", "backprop"]
-RULES: tuple[Rule, ...] = ("ar", "backprop")
 SolverName = Literal["closed-form", "euler", "continuous", "equilibrium"]
 SOLVERS: dict[SolverName, type[Solver]] = {
     "closed-form": ClosedForm,
@@ -87,12 +86,12 @@ class RunConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         try:
-            return cls._spelt_out(values)
+            return cls._complete(values)
         except TypeError as error:  # which pydantic would let through
             raise ValueError(str(error)) from error
 
     @classmethod
-    def _spelt_out(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("rule") == "backprop":
             return values | {
                 "solver": "closed-form",
