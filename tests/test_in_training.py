@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler
+from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen, use_feedback
 from relaxprop.solvers import Solver
 from tests.helpers import (
     PROBLEMS,
@@ -541,15 +541,33 @@ def test_relaxing_draws_nothing_from_the_random_state_unless_asynchronous() -> N
         assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    plain, model = twins(ClosedForm(0.9, 100), 4, 5, 5, 2)
-    x = torch.randn(2, 4).double()
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+def in_parallel(model: nn.Module, x: Tensor, store: Path) -> Gradients:
+    """Gradients by DistributedDataParallel, which all-reduces every parameter that it sees."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
         backward(squares(parallel(x)))
     finally:
         torch.distributed.destroy_process_group()
+    return of_parameters(model)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    plain, model = twins(ClosedForm(0.9, 100), 4, 5, 5, 2)
+    x = torch.randn(2, 4).double()
     backward(squares(plain(x)))
-    assert_same_gradients(of_parameters(model.module), of_parameters(plain))
+    found = in_parallel(model, x, tmp_path / "store")
+    assert_same_gradients({name.removeprefix("module."): g for name, g in found.items()}, of_parameters(plain))
+
+
+def test_distributed_data_parallel_sees_learned_feedback_under_every_condition(tmp_path: Path) -> None:
+    network, x = use_feedback(mlp(4, 5, 5, 2).double(), "learned"), torch.randn(2, 4).double()
+    for i, name in enumerate(("relaxation_derivative", "update_derivative", "update_activity")):
+        alone, together = (
+            ActivationRelaxation(copy.deepcopy(network), solver=Euler(0.3, 9), frozen=Frozen(**{name: False}))
+            for _ in range(2)
+        )
+        backward(squares(alone(x)))
+        found = in_parallel(together, x, tmp_path / f"store{i}")
+        assert sum("feedback" in parameter for parameter in found) == 3
+        assert_same_gradients(found, of_parameters(alone))

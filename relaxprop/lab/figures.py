@@ -31,7 +31,7 @@ from relaxprop.transients import Order
 
 Claim = Literal["equivalent", "worse", "destroyed"]
 FigureName = Literal["demo", "figure1", "figure2", "figure3", "appendix-c"]
-MARGIN = 0.01  # test accuracies that differ by less are equivalent: fixed before the runs, for all of them
+MARGIN = 0.01  # test accuracies that differ by less are equivalent: one margin for all conditions and data
 CONFIDENCE = 0.95
 STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
 
