@@ -155,7 +155,7 @@ class Record:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            finished = self._finished_epochs()
+            finished = self.finished_epochs()
             if len(finished) < self.config.epochs:
                 write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
             if not (self.path / "environment.json").exists():
@@ -164,13 +164,20 @@ class Record:
         except OSError as error:
             raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
 
-    def _finished_epochs(self) -> list[EpochMetrics]:
+    def finished_epochs(self) -> list[EpochMetrics]:
+        """The metrics of the epochs whose weights are kept; none where there is no run yet.
+
+        Raises:
+            OutputError: the run is damaged.
+        """
         metrics, weights = self.path / "metrics.jsonl", self.path / "checkpoint.safetensors"
-        if not metrics.exists() or not weights.exists():
-            return []
         try:
+            if not metrics.exists() or not weights.exists():
+                return []
             lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
             return lines[: _checkpoint_epoch(weights)]
+        except OSError as error:
+            raise OutputError(f"cannot read the run in {self.path}: {error.strerror or error}") from error
         except (ValueError, SafetensorError) as error:
             raise OutputError(
                 f"the run in {self.path} is damaged ({str(error).splitlines()[0]}): delete that folder to compute it "
@@ -221,7 +228,7 @@ def read_run(path: Path) -> KeptRun:
         return KeptRun(
             config,
             json.loads((path / "environment.json").read_text()),
-            record._finished_epochs(),
+            record.finished_epochs(),
             _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
         )
     except FileNotFoundError as error:

@@ -49,13 +49,13 @@ def train(
         raise DataError(
             f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
         )
+    record = Record(config, root) if root is not None else None
+    if record is not None and len(finished := record.finished_epochs()) >= config.epochs:
+        return finished[: config.epochs]
     if config.signed_inputs:
         dataset = dataset.signed()
     model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
-    record = Record(config, root) if root is not None else None
     metrics = record.open() if record is not None else []
-    if len(metrics) >= config.epochs:
-        return metrics[: config.epochs]
     if record is not None and metrics:
         record.load_weights(model)
     model.to(device)
