@@ -1,7 +1,7 @@
 """Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
 
 from relaxprop.derivatives import drop_derivatives
-from relaxprop.diagnostics import Alignment, Convergence, alignment, convergence
+from relaxprop.diagnostics import Alignment, Convergence, alignment, certificate, convergence, feedback_alignment
 from relaxprop.feedback import use_feedback
 from relaxprop.frozen import Frozen
 from relaxprop.locality import Locality, describe_locality
@@ -24,9 +24,11 @@ __all__ = [
     "NonFiniteStateError",
     "Relaxation",
     "alignment",
+    "certificate",
     "convergence",
     "describe_locality",
     "drop_derivatives",
+    "feedback_alignment",
     "steps_to_converge",
     "use_feedback",
 ]

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from relaxprop.derivatives import restored
-from relaxprop.feedback import symmetric
+from relaxprop.feedback import backwards_weights, symmetric
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
 from relaxprop.recording import find_vertices, map_tensors
@@ -32,12 +32,12 @@ LossFunction = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Alignment:
-    """A parameter's gradient beside backpropagation's.
+    """A parameter's gradient beside backpropagation's, or a layer's backwards weights beside its weights.
 
     Attributes:
-        cosine: of the angle between the two, in [−1, 1]; not a number where one of them is zero.
+        cosine: of the angle between the two, in [−1, 1]; not a number where one of them is zero or not finite.
         angle: the same in degrees, in [0, 180].
-        norm_ratio: norm of the gradient over the norm of backpropagation's.
+        norm_ratio: norm of the first over the norm of the second.
     """
 
     cosine: float
@@ -80,10 +80,30 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) 
     }
 
 
+def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
+    """Compares the backwards weights B of every layer that has some with its weights W (`use_feedback`).
+
+    Both have W's shape; the cosine is that of B^T and W^T likewise: 1 where errors go back as in backpropagation.
+
+    Args:
+        module: a module, wrapped or not.
+
+    Returns:
+        By the layer's name in the plain module; empty where no layer has backwards weights of its own.
+
+    Raises:
+        TypeError: ``module`` is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    module = module.module if isinstance(module, ActivationRelaxation) else module
+    return {name: _compare(b, layer.weight) for name, layer, b in backwards_weights(module)}
+
+
 def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
-    g, b = _numbers(gradient), _numbers(exact)
+    g, b = _numbers(gradient.detach()), _numbers(exact.detach())
     g_norm, b_norm = float(g.norm()), float(b.norm())
-    if g_norm == 0 or b_norm == 0:
+    if not (g_norm and b_norm and math.isfinite(g_norm) and math.isfinite(b_norm)):
         return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan)
     g, b = g / g_norm, b / b_norm
     # The angle from the chord: the arc cosine would round angles below 1e-8 to zero.
@@ -94,6 +114,37 @@ def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
 def _numbers(gradient: Tensor) -> Tensor:
     """All numbers of a gradient in one row, in double precision; complex ones as pairs."""
     return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).double().flatten()
+
+
+def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
+    """What the initial state weighs in every vertex at the end of the relaxation phase, before it is run.
+
+    A vertex with h vertices below it on the longest path to the output is reached by ``A^k x̄`` for k ≤ h, so there are
+    left ``Σ_{k≤h} |c_k|`` (in expectation where the order is asynchronous): 0 is the exact gradient, 1 the initial
+    state. The number depends on the schedule and the graph alone. Where activities are larger than gradients the error
+    relative to the gradient is larger than this weight by as much: `convergence` measures that one.
+
+    Args:
+        model: the wrapped module. An `Euler` with a tolerance is taken to use all its steps.
+        inputs: the model's arguments.
+
+    Returns:
+        By the vertex's name, those next to the output first. The largest is ``Relaxation.remaining``.
+
+    Raises:
+        TypeError: ``model`` is not wrapped.
+        ValueError: the relaxation's derivative is not frozen, so that the states are no weighted sum.
+    """
+    check_model(model)
+    if not model.frozen.relaxation_derivative:
+        raise ValueError(
+            f"the weight of the initial state is known before the relaxation only where its derivative is frozen, got "
+            f"a model with frozen={model.frozen}: compare the outcome by alignment"
+        )
+    with undisturbed(model), torch.enable_grad():
+        recording = model._recorder.record(model.module, find_vertices(model.module, model.vertices), inputs)
+    weights = np.cumsum(np.abs(model.solver.hops(recording.graph.depth).initial))
+    return {v.name: float(w) for level, w in zip(recording.graph.levels(), weights, strict=True) for v in level}
 
 
 @dataclass(frozen=True)

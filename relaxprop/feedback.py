@@ -205,6 +205,13 @@ def _adjoint(layer: nn.Module, weight: Tensor, gradient: Tensor, shape: torch.Si
     return x_gradient.squeeze(0) if unbatched else x_gradient
 
 
+def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tensor]]:
+    """The layers that have backwards weights of their own: name, layer and B, of the shape of W."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, _Feedback):
+            yield name, layer, layer.backwards_weight()
+
+
 @contextmanager
 def symmetric(module: nn.Module) -> Iterator[None]:
     """Within it, the layers of ``module`` transport their errors by W^T, whatever their rule."""

@@ -87,6 +87,10 @@ class Solver(ABC):
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         """The states of all vertices of a graph whose outputs are driven, and the record of how they were found."""
 
+    @abstractmethod
+    def hops(self, depth: int) -> Hops:
+        """c_k and d_k for k < depth at the end of the phase, where the relaxation is linear."""
+
     def replay(self) -> Euler | None:
         """The step-by-step solver of the same states, if there is one: it tells in which step a state overflowed."""
         return None
@@ -138,6 +142,9 @@ class Euler(Solver):
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
 
+    def hops(self, depth: int) -> Hops:
+        return discrete_hops(depth, float(self.step_size), int(self.num_steps), self.order)
+
     def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
         step = self._sequential_step if self.order == "sequential" else self._simultaneous_step
@@ -176,10 +183,6 @@ class Euler(Solver):
 
 class _Linear(Solver):
     """The closed form of a linear schedule: a polynomial in A whose coefficients are hop probabilities."""
-
-    @abstractmethod
-    def hops(self, depth: int) -> Hops:
-        """c_k and d_k for k < depth."""
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         check_solves(self, graph.frozen)
@@ -333,6 +336,9 @@ class Equilibrium(Solver):
         check_solves(self, graph.frozen)
         states = graph.sweep(lambda _, arriving: arriving)
         return states, at_equilibrium(len(graph.vertices), graph.depth)
+
+    def hops(self, depth: int) -> Hops:
+        return Hops(np.zeros(depth), np.ones(depth))
 
 
 def at_equilibrium(vertices: int | None, depth: int | None) -> Relaxation:

@@ -1,4 +1,4 @@
-"""`alignment` and `convergence` against gradients by hand, by the literal loop and by autograd."""
+"""`alignment`, `certificate` and `convergence` against gradients by hand, by the literal loop and by autograd."""
 
 import math
 from typing import Any
@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen, alignment, convergence
+from relaxprop import (
+    ActivationRelaxation,
+    ClosedForm,
+    Continuous,
+    Equilibrium,
+    Euler,
+    Frozen,
+    alignment,
+    certificate,
+    convergence,
+    feedback_alignment,
+    use_feedback,
+)
 from relaxprop.transients import Order
 from tests.helpers import (
     PROBLEMS,
@@ -80,6 +92,92 @@ def test_alignment_of_a_gradient_that_is_zero_is_not_a_number() -> None:
     chain = mlp(3, 4, 2).double()
     found = alignment(ActivationRelaxation(chain), lambda y: 0 * squares(y), torch.randn(2, 3).double())
     assert all(math.isnan(a.cosine) and math.isnan(a.angle) and math.isnan(a.norm_ratio) for a in found.values())
+
+
+@pytest.mark.parametrize("overflow", [math.inf, math.nan])
+def test_alignment_of_a_gradient_that_overflows_is_not_a_number(overflow: float) -> None:
+    chain = mlp(3, 4, 2).double()
+    model = ActivationRelaxation(chain, check_finite=False)
+    found = alignment(model, lambda y: overflow * squares(y), torch.randn(2, 3).double())
+    assert all(math.isnan(a.cosine) and math.isnan(a.angle) for a in found.values())
+
+
+def test_feedback_alignment_is_the_angle_between_the_matrices() -> None:
+    module: Any = mlp(3, 4, 5, 2).double()
+    assert feedback_alignment(module) == {}
+    use_feedback(module[2], "random")
+    use_feedback(module[4], "sign")
+    b, w = module[2].feedback, module[2].weight.detach()
+    found = feedback_alignment(ActivationRelaxation(module))
+    assert found == feedback_alignment(module)
+    assert found.keys() == {"2", "4"}
+    assert found["2"].cosine == pytest.approx(float((b * w).sum() / (b.norm() * w.norm())), rel=1e-10)
+    assert found["2"].norm_ratio == pytest.approx(float(b.norm() / w.norm()), rel=1e-10)
+    # sign(W) · mean |W|, at W: mean |W| over the root of mean W².
+    w = module[4].weight.detach()
+    assert found["4"].cosine == pytest.approx(float(w.abs().mean() / w.square().mean().sqrt()), rel=1e-10)
+    with pytest.raises(TypeError, match="module must be a torch"):
+        feedback_alignment(None)  # type: ignore[arg-type]
+
+
+def test_learned_backwards_weights_that_are_the_weights_align() -> None:
+    module: Any = use_feedback(mlp(3, 4, 2).double(), "learned")
+    module[0].feedback.data.copy_(2 * module[0].weight)
+    found = feedback_alignment(module)["0"]
+    assert found.cosine == pytest.approx(1)
+    assert found.norm_ratio == pytest.approx(2)
+
+
+# -------------------------------------------------------------------------------------------------------- certificate
+
+SCHEDULES = [
+    Euler(0.3, 7),
+    ClosedForm(0.3, 7),
+    ClosedForm(0.3, 7, order="sequential"),
+    ClosedForm(1.0, 2),
+    Continuous(2.5),
+    Equilibrium(),
+]
+
+
+@pytest.mark.parametrize("solver", SCHEDULES, ids=str)
+def test_the_certificate_is_what_is_left_of_the_initial_state(solver: Any) -> None:
+    """On a chain of identities x̄ is the same everywhere: driven by nothing, each state is its share of it."""
+    layers = [nn.Linear(3, 3) for _ in range(5)]
+    for layer in layers:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    chain: Any = nn.Sequential(*(m for layer in layers for m in (layer, nn.Identity()))).double()[:-1]
+    model = ActivationRelaxation(chain, solver=solver, vertices=list(chain)[1::2], measure_residual=True)
+    z = torch.rand(1, 3).double()
+    left = certificate(model, z)
+    assert list(left) == ["7", "5", "3", "1"]
+    (0 * model(z).sum()).backward()
+    for i, layer in enumerate(layers[:-1]):
+        torch.testing.assert_close(layer.bias.grad, left[str(2 * i + 1)] * z[0], rtol=1e-12, atol=1e-15)
+
+
+@every_problem
+@pytest.mark.parametrize("solver", SCHEDULES, ids=str)
+def test_the_certificates_largest_is_the_records(problem: Problem, solver: Any) -> None:
+    model, inputs = wrapped(problem, solver)
+    model.measure_residual = True  # so that the graph is cut at equilibrium too
+    left = certificate(model, *inputs)
+    assert model.last_relaxation is None
+    backward(problem.loss(model(*inputs)))
+    record = model.last_relaxation
+    assert record is not None
+    assert max(left.values()) == pytest.approx(record.remaining, rel=1e-12)
+    assert len(left) == record.vertices
+
+
+def test_a_certificate_needs_a_linear_relaxation_and_a_wrapped_model() -> None:
+    chain, z = mlp(3, 4, 2).double(), torch.randn(2, 3).double()
+    frozen = Frozen(relaxation_derivative=False)
+    with pytest.raises(ValueError, match=r"relaxation_derivative=False.*compare the outcome by alignment"):
+        certificate(ActivationRelaxation(chain, solver=Euler(), frozen=frozen), z)
+    with pytest.raises(TypeError, match="model must be an ActivationRelaxation"):
+        certificate(chain, z)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("order", ["simultaneous", "sequential"])

@@ -18,9 +18,11 @@ PUBLIC_NAMES = [
     "NonFiniteStateError",
     "Relaxation",
     "alignment",
+    "certificate",
     "convergence",
     "describe_locality",
     "drop_derivatives",
+    "feedback_alignment",
     "steps_to_converge",
     "use_feedback",
 ]

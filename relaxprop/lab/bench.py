@@ -177,7 +177,7 @@ class _Problem:
         images = torch.rand(batch_size, *IMAGE_SHAPES[model], generator=generator)
         labels = torch.randint(10, (batch_size,), generator=generator)
         dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels))
-        self.dataset, self.model, self.device = dataset.to(device), model, device
+        self.dataset, self.model, self.device = dataset.to(device, models.memory_format(model)), model, device
         self.inputs = self.dataset.train.images
         self.targets = nn.functional.one_hot(self.dataset.train.labels, 10).to(self.inputs.dtype)
 

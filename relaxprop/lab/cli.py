@@ -64,6 +64,15 @@ RunsOption = Annotated[
     Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="PyTorch device, for instance cpu or cuda.")]
+AlignmentOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="MINIBATCHES",
+        help="Measure, once in so many minibatches, the cosine of every gradient to backpropagation's and of backwards "
+        "weights to weights. Each time costs about two training steps. 0: never.",
+    ),
+]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 
 
@@ -108,6 +117,7 @@ def train(
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of SGD on the summed squared error.")] = 0.0005,
+    alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
@@ -133,6 +143,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        alignment_every=alignment_every,
     )
     records.check_writable(runs)
     loaded = data.load(dataset, data_dir)
@@ -169,6 +180,7 @@ def reproduce(
     as_coded: Annotated[
         bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
     ] = False,
+    alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
     out: Annotated[
@@ -190,7 +202,9 @@ def reproduce(
         folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
         if out and not dataset and len(experiment.conditions) > 1:
             folder = out / name
-        _reproduce(figure, loaded[name], seeds, epochs, condition or (), as_coded, runs, folder, device)
+        _reproduce(
+            figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device
+        )
 
 
 def _reproduce(
@@ -200,6 +214,7 @@ def _reproduce(
     epochs: int | None,
     only: Sequence[str],
     as_coded: bool,
+    alignment_every: int,
     runs: Path,
     folder: Path,
     device: str,
@@ -219,6 +234,7 @@ def _reproduce(
         data=loaded.digest,
         as_coded=as_coded,
         only=only,
+        alignment_every=alignment_every,
     )
     conditions, configs = zip(*planned, strict=True)
     labels = {config.id: condition for condition, config in planned}
@@ -236,7 +252,7 @@ def _reproduce(
     rows, paths = figures.write_conditions(experiment, conditions, results, loaded, folder, _command())
     if figure == "demo":
         curves = figures.convergence_by_step_size(loaded)
-        paths += figures.write_convergence(curves, loaded.name, folder, _command())
+        paths += figures.write_convergence(curves, loaded.title, folder, _command())
     title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
     cells = figures.table(rows)
     _print_table(title, figures.COLUMNS[:4], [row[:4] for row in cells])
@@ -288,7 +304,7 @@ def convergence(
         if name.endswith("weight"):
             shown.add_row(name, *(f"{c.measured[name][-1]:.1e}" for c in curves))
     console.print(shown)
-    _print_paths(figures.write_convergence(curves, dataset, folder, _command()))
+    _print_paths(figures.write_convergence(curves, loaded.title, folder, _command()))
 
 
 @app.command()
@@ -308,6 +324,14 @@ def show(
             f"{metrics.train_loss:.4f}",
             highlight=False,
         )
+    if kept.certificate is not None:
+        shown = Table(title="weight of the initial state after the relaxation phase", title_justify="left")
+        shown.add_column("vertex")
+        shown.add_column("left", justify="right")
+        for vertex, left in reversed(kept.certificate.items()):
+            shown.add_row(vertex, f"{100 * left:.2g} %")
+        console.print()
+        console.print(shown)
     if kept.locality is not None:
         console.print()
         console.print(str(kept.locality), soft_wrap=True, highlight=False, markup=False)
@@ -389,6 +413,7 @@ def _run_config(
         "--unfreeze": unfreeze,
         "--feedback": values["feedback"],
         "--drop-derivatives": values["dropped"],
+        "--alignment-every": values["alignment_every"],
     }
     for flag, given in given_flags.items():
         if values["rule"] == "backprop" and given:

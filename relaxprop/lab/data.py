@@ -49,9 +49,9 @@ class Split:
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device | str) -> Split:
-        """The same on another device."""
-        return Split(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.contiguous_format) -> Split:
+        """The same on another device, the images in a memory format."""
+        return Split(self.images.to(device, memory_format=memory_format), self.labels.to(device))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,9 +94,10 @@ class Dataset:
         train, test = (Split(2 * split.images - 1, split.labels) for split in (self.train, self.test))
         return Dataset(self.name, self.classes, train, test)
 
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same on another device."""
-        return Dataset(self.name, self.classes, self.train.to(device), self.test.to(device))
+    def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.contiguous_format) -> Dataset:
+        """The same on another device, the images in a memory format."""
+        train, test = (split.to(device, memory_format) for split in (self.train, self.test))
+        return Dataset(self.name, self.classes, train, test)
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:

@@ -43,7 +43,7 @@ def build(
             after the first, fully connected 64-120-classes; "cnn-as-coded": as in the authors' code, with 6 and 16
             filters without biases and fully connected 120-120-classes. All with tanh and a linear output (the paper,
             section 3). The parts of the last two are ``convolutional`` and ``fully_connected``.
-        seed: fixes the weights, whatever rule trains them.
+        seed: fixes the weights, whatever rule trains them, and the backwards weights, which are independent of them.
         feedback: the rule of the backwards weights, by part of the network.
         dropped: where derivatives are dropped, by part of the network.
 
@@ -60,20 +60,26 @@ def build(
         model = _cnn(dataset.image_shape, (32, 64), (64, 120, classes), bias=True)
     else:
         model = _cnn(dataset.image_shape, (6, 16), (120, 120, classes), bias=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("weight"):
-                parameter.normal_(0, WEIGHT_STD, generator=generator)
-            else:
-                parameter.zero_()
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)  # of the backwards weights
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if parameter_name.endswith("weight"):
+                    parameter.normal_(0, WEIGHT_STD)
+                else:
+                    parameter.zero_()
+        # The backwards weights go on in the same stream: seeded anew, they would be the weights once more.
         for part, rule in (feedback or {}).items():
             use_feedback(_part(model, part), rule)
     for part, places in (dropped or {}).items():
         drop_derivatives(_part(model, part), relaxation=places != "update", update=places != "relaxation")
+    model.to(memory_format=memory_format(name))  # type: ignore[call-overload]  # PyTorch's stub lacks this form
     return model
+
+
+def memory_format(name: str) -> torch.memory_format:
+    """How a network's weights and images lie in memory: convolutions are fastest where channels are innermost."""
+    return torch.contiguous_format if name == "mlp" else torch.channels_last
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from relaxprop.diagnostics import Convergence
 
 if TYPE_CHECKING:
-    from relaxprop.lab.figures import Mean
+    from relaxprop.lab.figures import AlignmentCurves, Mean
 
 DPI = 150
 ROUNDING = float(np.finfo(np.float64).eps)
@@ -55,6 +55,42 @@ def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: 
         title="mean over seeds, bars: standard error",
     )  # fmt: skip
     figure.suptitle(title)
+    return _save(figure, path)
+
+
+def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Path) -> Path:
+    """Cosines to backpropagation's gradient and of backwards weights to weights; a panel for each condition."""
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 1.2), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    layers = list(dict.fromkeys(_layer(n) for c in curves.values() for n in c.gradients if n.endswith(".weight")))
+    colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
+    for axes, (title, (gradients, feedback)) in zip(panels, curves.items(), strict=False):
+        for style, by_name in (("-", gradients), ("--", feedback)):
+            for name, curve in by_name.items():
+                if _layer(name) in colours:
+                    mean = np.array([m.mean for m in curve.cosines])
+                    error = np.nan_to_num([m.standard_error for m in curve.cosines])
+                    colour = colours[_layer(name)]
+                    axes.plot(curve.epochs, mean, style, color=colour, linewidth=1.2)
+                    axes.fill_between(curve.epochs, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+        axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    for axes in panels[: len(curves)]:
+        axes.set(xlabel="epochs", ylabel="cosine")
+        axes.label_outer()
+    lines = [Line2D([], [], color=colours[layer], label=layer) for layer in layers]
+    lines += [Line2D([], [], color="black", label="gradient to backpropagation's")]
+    if any(c.feedback for c in curves.values()):
+        lines += [Line2D([], [], color="black", linestyle="--", label="backwards weights to weights")]
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=columns, title="mean over seeds, band: standard error"
+    )
+    figure.suptitle("alignment with backpropagation\n" + about, fontsize="medium")
     return _save(figure, path)
 
 

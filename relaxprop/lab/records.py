@@ -3,6 +3,7 @@
     <root>/<run id>/config.json            the description
                     environment.json       hardware and versions
                     locality.json          what every update reads, where the rule is Activation Relaxation
+                    certificate.json       what the relaxation phase leaves of the initial state, by vertex
                     metrics.jsonl          a line per epoch
                     checkpoint.safetensors the weights after the last epoch that is finished
 
@@ -48,6 +49,7 @@ def default_solver(frozen: Frozen) -> SolverName:
 
 
 _LOCALITY = TypeAdapter(Locality)
+_CERTIFICATE = TypeAdapter(dict[str, float])
 
 
 class OutputError(Exception):
@@ -78,6 +80,7 @@ class RunConfig(BaseModel):
     left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
     learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
     convolutional_factor: float = Field(default=1, gt=0, allow_inf_nan=False)  # of the convolutions' learning rate
+    alignment_every: int = Field(default=0, ge=0)  # minibatches from one `AlignmentSample` to the next; 0: never
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +102,7 @@ class RunConfig(BaseModel):
                 "frozen": Frozen(),
                 "feedback": {},
                 "dropped": {},
+                "alignment_every": 0,
             }
         frozen = values.get("frozen") or Frozen()
         frozen = frozen if isinstance(frozen, Frozen) else Frozen(**frozen)
@@ -121,12 +125,26 @@ class RunConfig(BaseModel):
     def id(self) -> str:
         """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
-        added = ("feedback", "dropped", "signed_inputs", "convolutional_factor")
+        added = ("feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every")
         fields = type(self).model_fields
         unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
         content = self.model_dump_json(exclude={"epochs", *unused})
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"
+
+
+class AlignmentSample(BaseModel):
+    """How a network's learning compares with backpropagation's on one minibatch, before its update.
+
+    Cosines, in [−1, 1]; not a number where one side is zero or not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    epochs: float  # passes over the training data so far
+    gradients: dict[str, float]  # to backpropagation's gradient, by parameter
+    feedback: dict[str, float]  # of the backwards weights to the weights, by layer
+    seconds: float  # that the measurement took
 
 
 class EpochMetrics(BaseModel):
@@ -137,7 +155,8 @@ class EpochMetrics(BaseModel):
     epoch: int
     train_loss: float  # per sample: squared error summed over outputs, averaged over the epoch
     test_accuracy: float  # in [0, 1]
-    seconds: float  # of training, without the evaluation
+    seconds: float  # of training, without the evaluation and the measurement of alignment
+    alignment: tuple[AlignmentSample, ...] = ()
 
 
 class Record:
@@ -184,9 +203,12 @@ class Record:
                 "again"
             ) from error
 
-    def save_locality(self, report: Locality) -> None:
-        """Keeps what the run's updates read."""
-        write_atomically(self.path / "locality.json", _LOCALITY.dump_json(report, indent=2).decode() + "\n")
+    def save_reports(self, locality: Locality, certificate: dict[str, float] | None) -> None:
+        """Keeps what the run's updates read, and what its relaxation phase leaves of the initial state."""
+        write_atomically(self.path / "locality.json", _LOCALITY.dump_json(locality, indent=2).decode() + "\n")
+        if certificate is not None:
+            text = _CERTIFICATE.dump_json(certificate, indent=2).decode() + "\n"
+            write_atomically(self.path / "certificate.json", text)
 
     def load_weights(self, model: nn.Module) -> None:
         """The weights after the last finished epoch."""
@@ -195,7 +217,7 @@ class Record:
     def save(self, metrics: list[EpochMetrics], model: nn.Module) -> None:
         """Keeps a finished epoch."""
         try:
-            text = "".join(line.model_dump_json() + "\n" for line in metrics)
+            text = "".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in metrics)
             write_atomically(self.path / "metrics.jsonl", text)
             # Last: an epoch counts as finished only once its weights are there.
             partial = self.path / "checkpoint.safetensors.partial"
@@ -213,6 +235,7 @@ class KeptRun(NamedTuple):
     environment: dict[str, Any]
     metrics: list[EpochMetrics]
     locality: Locality | None
+    certificate: dict[str, float] | None
 
 
 def read_run(path: Path) -> KeptRun:
@@ -230,6 +253,7 @@ def read_run(path: Path) -> KeptRun:
             json.loads((path / "environment.json").read_text()),
             record.finished_epochs(),
             _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
+            _CERTIFICATE.validate_json(kept.read_text()) if (kept := path / "certificate.json").exists() else None,
         )
     except FileNotFoundError as error:
         known = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))

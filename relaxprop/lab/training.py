@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from relaxprop.diagnostics import alignment, certificate, feedback_alignment
 from relaxprop.lab import models
 from relaxprop.lab.data import DataError, Dataset, Split
-from relaxprop.lab.records import EpochMetrics, Record, RunConfig
+from relaxprop.lab.records import AlignmentSample, EpochMetrics, Record, RunConfig
 from relaxprop.locality import describe_locality
 from relaxprop.relaxation import ActivationRelaxation
 
@@ -59,23 +60,28 @@ def train(
     if record is not None and metrics:
         record.load_weights(model)
     model.to(device)
-    dataset = dataset.to(device)
+    dataset = dataset.to(device, models.memory_format(config.model))
     trained: nn.Module = model
     if config.rule == "ar":
         trained = wrapped = ActivationRelaxation(
             model, solver=config.build_solver(), frozen=config.frozen, check_finite=check_finite
         )
         if record is not None:
-            record.save_locality(describe_locality(wrapped, dataset.train.images[:2]))
+            few = dataset.train.images[:2]
+            linear = config.frozen.relaxation_derivative
+            record.save_reports(describe_locality(wrapped, few), certificate(wrapped, few) if linear else None)
     rows = kept_samples(len(dataset.test), config)
     test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
     optimizer = torch.optim.SGD(_parameter_groups(model, config), lr=config.learning_rate)
     for epoch in range(len(metrics) + 1, config.epochs + 1):
+        samples: list[AlignmentSample] = []
         start = time.perf_counter()
-        loss = train_epoch(trained, optimizer, dataset, config, epoch)
-        seconds = time.perf_counter() - start
+        loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append)
+        seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
         correct = accuracy(model, test)
-        metrics.append(EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds))
+        metrics.append(
+            EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds, alignment=tuple(samples))
+        )
         if record is not None:
             record.save(metrics, model)
         if on_epoch is not None:
@@ -94,7 +100,12 @@ def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any
 
 
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, config: RunConfig, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    config: RunConfig,
+    epoch: int,
+    on_alignment: Callable[[AlignmentSample], None] = lambda sample: None,
 ) -> float:
     """One pass over the training data; the mean loss per sample."""
     torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
@@ -102,15 +113,31 @@ def train_epoch(
     targets = functional.one_hot(dataset.train.labels, len(dataset.classes)).to(dataset.train.images.dtype)
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     samples = 0
-    for rows in minibatches(len(dataset.train), config, epoch):
+    for i, rows in enumerate(minibatches(len(dataset.train), config, epoch)):
         index = rows.to(targets.device)
-        loss = squared_error(model(dataset.train.images[index]), targets[index])
+        inputs, wanted = dataset.train.images[index], targets[index]
+        if config.alignment_every and i % config.alignment_every == 0 and isinstance(model, ActivationRelaxation):
+            epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
+            on_alignment(_measure_alignment(model, inputs, wanted, epochs))
+        loss = squared_error(model(inputs), wanted)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
         samples += len(rows)
     return float(total) / samples
+
+
+def _measure_alignment(model: ActivationRelaxation, inputs: Tensor, targets: Tensor, epochs: float) -> AlignmentSample:
+    start = time.perf_counter()
+    gradients = alignment(model, lambda output: squared_error(output, targets), inputs)
+    feedback = feedback_alignment(model)
+    return AlignmentSample(
+        epochs=epochs,
+        gradients={name: found.cosine for name, found in gradients.items()},
+        feedback={name: found.cosine for name, found in feedback.items()},
+        seconds=time.perf_counter() - start,
+    )
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

@@ -80,6 +80,8 @@ def test_help_and_version() -> None:
         (("train", "--feedback", "head=learned"), ("--feedback", "head", "convolutional")),
         (("train", "--drop-derivatives", "all=never"), ("--drop-derivatives", "never", "relaxation")),
         (("train", "--rule", "backprop", "--feedback", "learned"), ("--feedback", "no effect", "backprop")),
+        (("train", "--rule", "backprop", "--alignment-every", "9"), ("--alignment-every", "no effect", "backprop")),
+        (("train", "--alignment-every", "-1"), ("'--alignment-every'", "greater than or equal to 0")),
         (("train", "--unfreeze", "weights"), ("'--unfreeze'", "relaxation-derivative", "update-activity")),
         (("train", "--unfreeze", "input"), ("--unfreeze", "input=False has no effect")),
         (("train", "--rule", "backprop", "--unfreeze", "input"), ("--unfreeze", "no effect", "backprop")),
@@ -199,6 +201,21 @@ def test_train_with_simplifications(tmp_path: Path) -> None:
     assert config["feedback"] == {"all": "learned"}
     assert config["dropped"] == {"all": "update"}
     assert "linear2.feedback" in (folder / "locality.json").read_text()
+
+
+def test_alignment_and_certificate_of_a_run(tmp_path: Path) -> None:
+    args = ("reproduce", "demo", "--epochs", "1", "--seeds", "1", "--condition", "b", "--alignment-every", "20")
+    status, text = invoke(*args)
+    assert status == 0
+    assert "figures/demo-digits/alignment.png" in text
+    (run, *_) = (tmp_path / "runs").glob("digits-mlp-ar-*")
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert list(certificate) == ["tanh3", "tanh2", "tanh1"]
+    assert certificate["tanh3"] == pytest.approx(0.9**100)  # no hop in 100 steps of 0.1
+    status, text = invoke("show", run.name)
+    assert status == 0
+    assert "weight of the initial state after the relaxation phase" in text
+    assert "0.0027 %" in text
 
 
 def test_train_on_a_users_folder(data_dir: Path) -> None:

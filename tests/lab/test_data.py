@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import datasets
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from relaxprop import ActivationRelaxation, feedback_alignment
+from relaxprop.feedback import FeedbackRule
 from relaxprop.lab import data
 from relaxprop.lab.data import DataError
-from relaxprop.lab.models import build
+from relaxprop.lab.models import Part, build, memory_format
 from tests.lab.conftest import write_split
 
 
@@ -149,6 +152,39 @@ def test_simplifications_of_parts() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"no part 'convolutional': name one of all$"):
         build("mlp", images(1, 14, 14), seed=1, feedback={"convolutional": "learned"})
+
+
+@pytest.mark.parametrize("rule", ["learned", "random"])
+@pytest.mark.parametrize("part", ["all", "convolutional", "fully_connected"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_backwards_weights_start_independent_of_the_weights(rule: FeedbackRule, part: Part, seed: int) -> None:
+    """No weight transport by way of the seed: cosines of n independent pairs are 0 ± 1/√n."""
+    model = build("cnn", images(3, 32, 32), seed=seed, feedback={part: rule})
+    found = feedback_alignment(model)
+    assert len(found) == {"all": 5, "convolutional": 2, "fully_connected": 3}[part]
+    for name, alignment in found.items():
+        assert abs(alignment.cosine) < 5 / math.sqrt(model.get_parameter(f"{name}.weight").numel())
+        assert alignment.norm_ratio == pytest.approx(1, abs=0.15)
+    plain = dict(build("cnn", images(3, 32, 32), seed=seed).named_parameters())
+    assert all(torch.equal(p, plain[n]) for n, p in model.named_parameters() if n in plain)
+
+
+@pytest.mark.parametrize("feedback", [{}, {"all": "learned"}])
+def test_channels_lie_innermost_in_a_cnn_and_nothing_else_changes(feedback: dict[Part, FeedbackRule]) -> None:
+    dataset = images(3, 16, 16)
+    model = build("cnn", dataset, seed=1, feedback=feedback).double()
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.dim() == 4)
+    laid_out = dataset.to("cpu", memory_format("cnn")).train.images
+    assert laid_out[torch.tensor([2, 0])].is_contiguous(memory_format=torch.channels_last)
+
+    def gradients(model: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        (ActivationRelaxation(model)(x) ** 2).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = build("cnn", dataset, seed=1, feedback=feedback).double().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    pairs = zip(gradients(model, laid_out.double()), gradients(plain, dataset.train.images.double()), strict=True)
+    for g, expected in pairs:
+        torch.testing.assert_close(g, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_signed_inputs() -> None:

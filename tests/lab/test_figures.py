@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from relaxprop.lab import data, figures
 from relaxprop.lab.engine import FinishedRun, run_all
-from relaxprop.lab.records import EpochMetrics, RunConfig
+from relaxprop.lab.records import AlignmentSample, EpochMetrics, RunConfig
 
 
 def test_mean_and_standard_error() -> None:
@@ -155,9 +155,55 @@ def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
     assert figures.EXPERIMENTS["figure2"].of("leaves") is figures.SIMPLIFIED
 
 
-def test_nothing_can_be_destroyed_where_nothing_was_learned() -> None:
+@pytest.mark.parametrize("claim", ["equivalent", "worse", "destroyed"])
+def test_no_claim_is_tested_where_nothing_was_learned(claim: figures.Claim) -> None:
     difference = figures.mean_over_seeds([0.0, 0.001, -0.001])
-    assert figures.verdict("destroyed", difference, reference=0.09, chance=0.12).startswith("open")
+    assert figures.verdict(claim, difference, reference=0.12, chance=0.12) == "open: nothing has been learned"
+
+
+def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
+    def measured(run: FinishedRun, offset: float) -> FinishedRun:
+        if run.config.rule == "backprop":
+            return run
+        metrics = [
+            m.model_copy(
+                update={
+                    "alignment": tuple(
+                        AlignmentSample(
+                            epochs=m.epoch - 1 + part,
+                            gradients={"linear1.weight": 0.9 + offset, "linear1.bias": 1.0},
+                            feedback={"linear1": 0.2 * part},
+                            seconds=1.0,
+                        )
+                        for part in (0, 0.5)
+                    )
+                }
+            )
+            for m in run.metrics
+        ]
+        return FinishedRun(run.config, metrics)
+
+    with_alignment = [measured(run, 0.02 * (i // 3)) for i, run in enumerate(runs())]
+    curves = figures.alignment_curves(NAMES, with_alignment)
+    assert curves.keys() == {"baseline", "d"}
+    weight = curves["d"].gradients["linear1.weight"]
+    assert weight.epochs == (0, 0.5, 1, 1.5)
+    assert weight.cosines[0].mean == pytest.approx(0.91)
+    assert weight.cosines[0].standard_error == pytest.approx(0.01)  # of 0.90 and 0.92: 0.02 / √2 over √2
+    assert [m.mean for m in curves["d"].feedback["linear1"].cosines] == pytest.approx([0, 0.1, 0, 0.1])
+    _, written = figures.write_conditions(DEMO, NAMES, with_alignment, data.load("digits"), tmp_path, "command")
+    assert {"alignment.csv", "alignment.png"} <= {path.name for path in written}
+    rows = list(csv.DictReader((tmp_path / "alignment.csv").read_text().splitlines()))
+    assert len(rows) == 2 * 3 * 4  # conditions × quantities × measurements
+    assert rows[0]["cosine"] == "0.910000"
+    assert rows[0]["n"] == "2"
+    assert np.asarray(plt.imread(tmp_path / "alignment.png")).std() > 0.02
+
+
+def test_there_is_no_figure_of_alignment_where_none_was_measured(tmp_path: Path) -> None:
+    assert figures.alignment_curves(NAMES, runs()) == {}
+    _, written = figures.write_conditions(DEMO, NAMES, runs(), data.load("digits"), tmp_path, "command")
+    assert not any("alignment" in path.name for path in written)
 
 
 def test_a_condition_that_diverges_is_a_result(tmp_path: Path) -> None:

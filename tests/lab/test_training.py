@@ -12,7 +12,7 @@ from relaxprop.frozen import Frozen
 from relaxprop.lab import data, training
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.models import build
-from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig
+from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig, read_run
 from relaxprop.lab.training import accuracy, minibatches, train
 from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Euler
@@ -27,6 +27,10 @@ def digits() -> Dataset:
     whole = data.load("digits")
     train = Split(whole.train.images[:320], whole.train.labels[:320])
     return Dataset("digits", whole.classes, train, whole.test)
+
+
+class StopHereError(Exception):
+    pass
 
 
 def learning(metrics: list[EpochMetrics]) -> list[tuple[float, float]]:
@@ -102,6 +106,7 @@ def test_every_switch_gives_a_run_another_name() -> None:
         {"frozen": {"update_derivative": False}},
         {"frozen": {"update_activity": False}},
         {"frozen": {"update_activity": False, "input": False}},
+        {"alignment_every": 10},
     ]
     assert len({small(1, **switch).id for switch in switches}) == len(switches)
     assert small(1, feedback={"all": "symmetric"}) == small(1)
@@ -134,11 +139,72 @@ def test_accuracy_counts_every_sample(digits: Dataset) -> None:
     assert accuracy(model, digits.test, batch_size=77) == pytest.approx(float(right))
 
 
+# --------------------------------------------------------------------------------------------------------- alignment
+
+MEASURED: list[dict[str, object]] = [
+    {},
+    {"feedback": {"all": "learned"}, "dropped": {"all": "both"}},
+    {"frozen": {"relaxation_derivative": False}, "solver_options": {"num_steps": 4}},
+    {"solver": "euler", "solver_options": {"num_steps": 4, "order": "asynchronous"}},
+]
+
+
+@pytest.mark.parametrize("options", MEASURED)
+def test_measuring_alignment_changes_nothing(digits: Dataset, tmp_path: Path, options: dict[str, object]) -> None:
+    plain, measured = small(2, **options), small(2, **options, alignment_every=2)
+    assert plain.id != measured.id
+    assert learning(train(plain, digits)) == learning(found := train(measured, digits, root=tmp_path))
+    assert [[s.epochs for s in m.alignment] for m in found] == [[0, 0.4, 0.8], [1, 1.4, 1.8]]  # five minibatches
+    assert train(measured, digits, root=tmp_path) == found  # as read from the disk
+    assert read_run(tmp_path / measured.id).metrics == found
+
+
+def test_the_alignment_that_is_measured(digits: Dataset) -> None:
+    """Before the first update: the cosine of the two rules' gradients on the first minibatch, by hand."""
+    options: dict[str, object] = {"solver_options": {"num_steps": 20}, "feedback": {"all": "learned"}}
+    config = small(1, **options, alignment_every=1, seed=3)
+    model = build("mlp", digits, seed=3, feedback=config.feedback)
+    rows = next(minibatches(len(digits.train), config, 1))
+    target = torch.eye(10)[digits.train.labels[rows]]
+    (
+        (ActivationRelaxation(model, solver=ClosedForm(0.1, 20))(digits.train.images[rows]) - target) ** 2
+    ).sum().backward()
+    plain = build("mlp", digits, seed=3)
+    ((plain(digits.train.images[rows]) - target) ** 2).sum().backward()
+    (metrics,) = train(config, digits)
+    first = metrics.alignment[0]
+    assert first.gradients.keys() == dict(plain.named_parameters()).keys()
+    for name, parameter in plain.named_parameters():
+        g = model.get_parameter(name).grad
+        assert g is not None
+        assert parameter.grad is not None
+        cosine = torch.nn.functional.cosine_similarity(g.flatten(), parameter.grad.flatten(), dim=0)
+        assert first.gradients[name] == pytest.approx(float(cosine), abs=1e-5)
+    for name, found in first.feedback.items():
+        b, w = (model.get_parameter(f"{name}.{kind}").detach().flatten() for kind in ("feedback", "weight"))
+        assert found == pytest.approx(float(torch.nn.functional.cosine_similarity(b, w, dim=0)), abs=1e-5)
+    assert len(first.feedback) == 4
+    assert len(metrics.alignment) == 5
+
+
+def test_an_interrupted_run_keeps_the_alignment_of_its_finished_epochs(digits: Dataset, tmp_path: Path) -> None:
+    config = small(3, alignment_every=3)
+
+    def interrupt(metrics: EpochMetrics) -> None:
+        if metrics.epoch == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(config, digits, root=tmp_path, on_epoch=interrupt)
+    cosines = [[s.gradients for s in m.alignment] for m in train(config, digits, root=tmp_path)]
+    assert cosines == [[s.gradients for s in m.alignment] for m in train(config, digits)]
+
+
+def test_backpropagation_is_not_compared_with_itself(digits: Dataset) -> None:
+    assert small(rule="backprop", alignment_every=3) == small(rule="backprop")
+
+
 # ----------------------------------------------------------------------------------------------------------- on disk
-
-
-class StopHereError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("order", ["simultaneous", "asynchronous"])
@@ -187,7 +253,8 @@ def test_what_a_run_leaves(digits: Dataset, tmp_path: Path) -> None:
     train(config, digits, root=tmp_path)
     folder = tmp_path / config.id
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoint.safetensors", "config.json", "environment.json", "locality.json", "metrics.jsonl"
+        "certificate.json", "checkpoint.safetensors", "config.json", "environment.json", "locality.json",
+        "metrics.jsonl",
     ]  # fmt: skip
     assert RunConfig.model_validate_json((folder / "config.json").read_text()) == config
     environment = json.loads((folder / "environment.json").read_text())
@@ -205,7 +272,7 @@ def test_a_diverged_run_keeps_its_finished_epochs(
     real = training.train_epoch
 
     def diverge(*args: object) -> float:
-        if args[-1] == 2:
+        if args[4] == 2:
             raise NonFiniteStateError("tanh1", 5)
         return real(*args)  # type: ignore[arg-type]
 
