@@ -22,7 +22,7 @@ from relaxprop.derivatives import restored
 from relaxprop.feedback import backwards_weights, symmetric
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
-from relaxprop.recording import find_vertices, map_tensors
+from relaxprop.recording import map_tensors
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
@@ -142,7 +142,7 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
             f"a model with frozen={model.frozen}: compare the outcome by alignment"
         )
     with undisturbed(model), torch.enable_grad():
-        recording = model._recorder.record(model.module, find_vertices(model.module, model.vertices), inputs)
+        recording = model._recorder.record(model.module, model.vertices, inputs)
     weights = np.cumsum(np.abs(model.solver.hops(recording.graph.depth).initial))
     return {v.name: float(w) for level, w in zip(recording.graph.levels(), weights, strict=True) for v in level}
 
@@ -242,7 +242,7 @@ def _driven_graph(
         loss = _scalar(loss_fn(model.module(*inputs)))
         found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
     exact = {name: g for name, g in zip(names, found, strict=True) if g is not None and g.count_nonzero()}
-    recording = model._recorder.record(model.module, find_vertices(model.module, model.vertices), inputs)
+    recording = model._recorder.record(model.module, model.vertices, inputs)
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
     replacements = iter(outputs)
     result = map_tensors(lambda x: next(replacements) if x.requires_grad else x, recording.result)

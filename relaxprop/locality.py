@@ -36,7 +36,7 @@ from relaxprop.derivatives import _EitherWay
 from relaxprop.diagnostics import check_model, undisturbed
 from relaxprop.feedback import _SendBack
 from relaxprop.graph import Vertex, _AccumulateGrad
-from relaxprop.recording import Recorder, find_layers, find_vertices, map_tensors, tensors_requiring_grad
+from relaxprop.recording import Recorder, find_layers, map_tensors, tensors_requiring_grad
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
 
@@ -116,8 +116,14 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
 
     Raises:
         TypeError: ``model`` is not wrapped.
+        ValueError: its vertices are operations, of which a layer has several.
     """
     check_model(model)
+    if isinstance(model.vertices, str) and model.vertices == "operations":
+        raise ValueError(
+            "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
+            "(model.module) with vertices='modules' or 'activations'"
+        )
     try:
         with undisturbed(model), torch.enable_grad():
             walk = _Walk(model, inputs)
@@ -224,8 +230,7 @@ class _Walk:
         layers = set(find_layers(self.module))
         handles = [handle for m in self.names for handle in self._note(m, m in layers)]
         try:
-            vertices = find_vertices(self.module, model.vertices)
-            graph = Recorder(model.output, self.frozen).record(self.module, vertices, arguments).graph
+            graph = Recorder(model.output, self.frozen).record(self.module, model.vertices, arguments).graph
         finally:
             for handle in handles:
                 handle.remove()

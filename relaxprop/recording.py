@@ -1,13 +1,13 @@
-"""Records a model's forward pass as a `Graph`: finds the modules whose outputs are vertices and cuts there."""
+"""Records a model's forward pass as a `Graph`: finds what makes its vertices, modules or operations, and cuts there."""
 
 from __future__ import annotations
 
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from torch.utils import _pytree as pytree
 from relaxprop.derivatives import Phase, current_phase
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, Layer, Linearisation, States, Vertex
+from relaxprop.operations import EachOperation
 from relaxprop.surroundings import Surroundings
 
-Granularity = Literal["activations", "modules"]
+Granularity = Literal["activations", "modules", "operations"]
 OutputRule = Literal["clamped", "relaxed"]
 
 
-ALLOWED = "vertices must be 'activations', 'modules' or an iterable of the model's submodules"
+ALLOWED = "vertices must be 'activations', 'modules', 'operations' or an iterable of the model's submodules"
 
 
 def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -35,15 +36,18 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     Args:
         vertices: "activations" (the paper's layers: modules of a class that is defined in a file of activations, as
             ``torch.nn.modules.activation`` and ``transformers.activations``), "modules" (every module without
-            submodules), or an iterable of submodules.
+            submodules), "operations" (every operation, whatever module makes it: no modules), or an iterable of
+            submodules.
 
     Raises:
         ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
         TypeError: anything else.
     """
     if isinstance(vertices, str):
-        if vertices not in ("activations", "modules"):
+        if vertices not in get_args(Granularity):
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
+        if vertices == "operations":
+            return {}
         is_vertex = is_activation if vertices == "activations" else _has_no_submodules
         found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
     else:
@@ -62,7 +66,8 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     if not found:
         raise ValueError(
             f"vertices={vertices!r} finds no vertex in {type(module).__name__}: pass vertices='modules' (the output of "
-            "every module without submodules) or an iterable of the submodules whose outputs should relax"
+            "every module without submodules), 'operations', or an iterable of the submodules whose outputs should "
+            "relax"
         )
     return found
 
@@ -126,7 +131,7 @@ class Recorder:
     def record(
         self,
         module: nn.Module,
-        vertices: Mapping[nn.Module, str],
+        vertices: Granularity | Iterable[nn.Module],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Recording:
@@ -134,13 +139,14 @@ class Recorder:
 
         Args:
             module: the model.
-            vertices: as from `find_vertices`.
+            vertices: as `find_vertices` takes them.
             args: the model's; tensors that require grad are inputs that gradients are wanted for.
             kwargs: likewise.
 
         Raises:
             TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
-            ValueError: the model read a tensor that requires grad and is neither a parameter nor an input.
+            ValueError: the model read a tensor that requires grad and is neither a parameter nor an input; or its
+                operations cannot be seen.
         """
         return _Pass(self, module, vertices, args, kwargs or {}).record()
 
@@ -168,13 +174,14 @@ class _Pass:
         self,
         recorder: Recorder,
         module: nn.Module,
-        names: Mapping[nn.Module, str],
+        vertices: Granularity | Iterable[nn.Module],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> None:
         self.recorder = recorder
         self.module = module
-        self.names = names
+        self.names = find_vertices(module, vertices)
+        self.operations = isinstance(vertices, str) and vertices == "operations"
         self.layers = () if recorder.frozen == ALL_FROZEN else find_layers(module)
         self.phase = Phase()
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in
@@ -198,9 +205,10 @@ class _Pass:
         result, outputs = run.call()
         if self.surroundings is not None:
             self.surroundings.passed()
-            self.constant = run.constant() if not self.surroundings.draws else {}
+            # Where operations are vertices, no layer is above all of them.
+            self.constant = run.constant() if not (self.surroundings.draws or self.operations) else {}
             self.recorder.copies_views = any(x.overwritten for x in run.noted)
-        if outputs and not run.calls:
+        if outputs and not run.calls and not self.operations:
             warnings.warn(
                 f"none of the vertices ({', '.join(list(self.names.values())[:3])}, …) was called in the forward pass, "
                 "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
@@ -281,7 +289,8 @@ class _Run:
         handles += [m.register_forward_hook(self._cut_output) for m in of.names]
         token = current_phase.set(of.phase)
         try:
-            result = of.module(*args, **kwargs)
+            with EachOperation(self._cut_operation) if of.operations else nullcontext():
+                result = of.module(*args, **kwargs)
         except RuntimeError as error:
             if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
                 recorder.overwritten.update(dict.fromkeys(recorder.overwritten, True))
@@ -335,10 +344,17 @@ class _Run:
             if layer not in self.below and _does_as_its_class_says(layer)
         }
 
+    def _cut_operation(self, output: Tensor, operation: str) -> Tensor:
+        name = self._called(operation)
+        return self._vertex(output, name, name)
+
+    def _called(self, origin: str) -> str:
+        self.calls[origin] = call = self.calls.get(origin, 0) + 1
+        return origin if call == 1 else f"{origin}#{call}"
+
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         origin = self.of.names[module]
-        self.calls[origin] = call = self.calls.get(origin, 0) + 1
-        name = origin if call == 1 else f"{origin}#{call}"
+        name = self._called(origin)
         if isinstance(output, Tensor):
             return self._vertex(output, origin, name)
         part = itertools.count()

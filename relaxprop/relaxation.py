@@ -20,6 +20,7 @@ import cmath
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Gradients, Graph, States
+from relaxprop.operations import EachOperation
 from relaxprop.recording import (
     Granularity,
     OutputRule,
@@ -92,7 +94,8 @@ class ActivationRelaxation(nn.Module):
         solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 with the paper's 100 steps of 0.1),
             `Euler`, `Continuous`, `Equilibrium`.
         vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
-            all modules without submodules), or an iterable of submodules of ``module``.
+            all modules without submodules), "operations" (results of all operations, in functional code too: the
+            paper's Appendix A), or an iterable of submodules of ``module``.
         frozen: which feedforward quantities (1) and (2) keep, by default all: the paper's conditions a to d (`Frozen`).
             Each quantity that is not kept costs forward passes: one per update, and one per step where the
             relaxation's derivative is not.
@@ -152,6 +155,12 @@ class ActivationRelaxation(nn.Module):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         find_vertices(module, vertices)
+        if isinstance(vertices, str) and vertices == "operations" and frozen.splits_update:
+            raise ValueError(
+                "vertices='operations' has a vertex between each weight and the nonlinearity that follows, so no "
+                f"update reads both a derivative and a presynaptic activity, and frozen={frozen} has no meaning there: "
+                "freeze or unfreeze update_derivative and update_activity together, or pass vertices='activations'"
+            )
         self.module = module
         self.solver = solver
         self.vertices = vertices
@@ -168,10 +177,9 @@ class ActivationRelaxation(nn.Module):
         """The module's own result."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
-        module = self.module
         if isinstance(self.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
-        recording = self._recorder.record(module, find_vertices(module, self.vertices), args, kwargs)
+        recording = self._recorder.record(self.module, self.vertices, args, kwargs)
         if not recording.graph.outputs:
             return recording.result
         outputs = iter(_RelaxationPhase.apply(self, recording, *recording.given))  # type: ignore[no-untyped-call]
@@ -183,19 +191,25 @@ class ActivationRelaxation(nn.Module):
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
-        vertices = find_vertices(self.module, self.vertices)
+        vertices = find_vertices(self.module, self.vertices) if self.check_finite else {}
+
+        def watch(tensor: Tensor, name: str) -> Tensor:
+            tensor.register_hook(partial(_refuse_overflow, name))  # type: ignore[no-untyped-call]
+            return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
             for tensor in filter(_is_computed, tensors_requiring_grad(output)):
-                tensor.register_hook(partial(_refuse_overflow, vertices[module]))  # type: ignore[no-untyped-call]
+                watch(tensor, vertices[module])
 
         def at_output(gradient: Tensor) -> None:
             _refuse_second_derivative()
             self.last_relaxation = at_equilibrium(vertices=None, depth=None)
 
-        handles = [m.register_forward_hook(at_vertex) for m in vertices] if self.check_finite else []
+        handles = [m.register_forward_hook(at_vertex) for m in vertices]
+        each = self.check_finite and isinstance(self.vertices, str) and self.vertices == "operations"
         try:
-            result = self.module(*args, **kwargs)
+            with EachOperation(watch) if each else nullcontext():
+                result = self.module(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

@@ -6,10 +6,10 @@ equations (1) and (2) over a network whose f' and W are written out by hand (`Li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler
 from relaxprop.graph import Graph, States
-from relaxprop.recording import Recorder, find_vertices
+from relaxprop.recording import Granularity, Recorder, find_vertices
 from relaxprop.solvers import Solver
 
 # Relative distance (of norms) at which two results are the same.
@@ -90,7 +90,7 @@ class Problem:
     inputs: Callable[[], tuple[Any, ...]]
     loss: Callable[[Any], Tensor]
     depth: int
-    vertices: Literal["activations", "modules"] = "activations"
+    vertices: Granularity = "activations"
     ends_in_vertex: bool = False
     mixes_samples: bool = False
 
@@ -110,7 +110,7 @@ class Problem:
     def graph(self) -> Graph:
         """A recorded pass whose outputs are driven by the loss."""
         module, inputs = self.build()
-        return driven_graph(module, find_vertices(module, self.vertices), inputs, self.loss)
+        return driven_graph(module, self.vertices, inputs, self.loss)
 
 
 def gradients(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor] = squares) -> Gradients:
@@ -133,7 +133,10 @@ def gradients(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Ten
 
 
 def driven_graph(
-    module: nn.Module, vertices: dict[nn.Module, str], inputs: Sequence[Any], loss: Callable[[Any], Tensor] = squares
+    module: nn.Module,
+    vertices: Granularity | Iterable[nn.Module],
+    inputs: Sequence[Any],
+    loss: Callable[[Any], Tensor] = squares,
 ) -> Graph:
     torch.manual_seed(2)
     recording = Recorder().record(module, vertices, inputs)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler
 from relaxprop.graph import Graph, States, Vertex
-from relaxprop.recording import find_vertices
 from relaxprop.solvers import Solver
 from relaxprop.transients import Order, discrete_hops
 from tests.helpers import (
@@ -143,7 +142,7 @@ def test_3_converges_if_and_only_if_the_step_size_is_between_0_and_2(order: Orde
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.mul_(scale)
-        graph = driven_graph(module, find_vertices(module, "activations"), (z,))
+        graph = driven_graph(module, "activations", (z,))
         target, start = equilibrium(graph), random_states(graph)
 
         def error_after(step_size: float, num_steps: int, context: Any = (graph, start, target)) -> float:
@@ -228,7 +227,7 @@ def test_7_a_samples_states_do_not_depend_on_its_batch_mates(problem: Problem, s
             return {name: y[rows] for name, y in x.items()} if isinstance(x, dict) else x[rows]
 
         arguments = [chosen(x) for x in inputs]
-        graph = driven_graph(module, find_vertices(module, problem.vertices), arguments, problem.loss)
+        graph = driven_graph(module, problem.vertices, arguments, problem.loss)
         torch.manual_seed(3)
         states, _ = solver.solve(graph)
         return [states[v] for v in graph.recorded if v in states]
@@ -261,7 +260,7 @@ def test_7_zero_activity_and_zero_output_gradient_give_zero_gradients(solver: So
 def test_asynchronous_steps_update_a_random_half_of_the_vertices_completely() -> None:
     chain, z = mlp(3, *[4] * 40, 2).double(), torch.randn(2, 3).double()
     literal = LiteralChain(chain, z)
-    graph = driven_graph(chain, find_vertices(chain, "activations"), (z,))
+    graph = driven_graph(chain, "activations", (z,))
     updated = 0
     for seed in range(20):
         torch.manual_seed(seed)
@@ -326,7 +325,7 @@ class CountedTransports:
 def test_closed_form_visits_only_vertices_with_enough_upstream(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     depth = 7
     chain = mlp(*[4] * (depth + 2)).double()
-    graph = driven_graph(chain, find_vertices(chain, "activations"), (torch.randn(2, 4).double(),))
+    graph = driven_graph(chain, "activations", (torch.randn(2, 4).double(),))
     counted = CountedTransports(monkeypatch)
     _, record = ClosedForm(0.1, num_steps).solve(graph)
     # A^k reaches what has k vertices above it, and n steps make no more than n hops.
@@ -366,7 +365,7 @@ def test_euler_makes_one_product_a_step(order: Order) -> None:
 
 def test_no_product_goes_to_waste_on_a_single_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     chain = mlp(4, 5, 2)
-    graph = driven_graph(chain, find_vertices(chain, "activations"), (torch.randn(2, 4),))
+    graph = driven_graph(chain, "activations", (torch.randn(2, 4),))
     counted = CountedTransports(monkeypatch)
     ClosedForm().solve(graph)
     assert counted.onto == []

@@ -236,7 +236,7 @@ class _Problem:
     def _euler_steps(self, network: nn.Module, frozen: Frozen) -> Step:
         recorder = Recorder(frozen=frozen)
         for _ in range(2):  # the first pass learns where copies are needed
-            recording = recorder.record(network, find_vertices(network, "activations"), [self.inputs])
+            recording = recorder.record(network, "activations", [self.inputs])
         (output,) = recording.graph.outputs
         recording.graph.drive_outputs([2 * (output.detach() - self.targets)])
         euler, initial = Euler(), recording.graph.initial_states()
