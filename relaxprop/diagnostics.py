@@ -38,11 +38,13 @@ class Alignment:
         cosine: of the angle between the two, in [−1, 1]; not a number where one of them is zero or not finite.
         angle: the same in degrees, in [0, 180].
         norm_ratio: norm of the first over the norm of the second.
+        distance: norm of the difference over the norm of the second; not a number where that is zero.
     """
 
     cosine: float
     angle: float
     norm_ratio: float
+    distance: float
 
 
 def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) -> dict[str, Alignment]:
@@ -103,12 +105,13 @@ def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
 def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
     g, b = _numbers(gradient.detach()), _numbers(exact.detach())
     g_norm, b_norm = float(g.norm()), float(b.norm())
+    distance = float((g - b).norm()) / b_norm if b_norm else math.nan
     if not (g_norm and b_norm and math.isfinite(g_norm) and math.isfinite(b_norm)):
-        return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan)
+        return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan, distance)
     g, b = g / g_norm, b / b_norm
     # The angle from the chord: the arc cosine would round angles below 1e-8 to zero.
     angle = 2 * math.atan2(float((g - b).norm()), float((g + b).norm()))
-    return Alignment(min(1.0, max(-1.0, float(g @ b))), math.degrees(angle), g_norm / b_norm)
+    return Alignment(min(1.0, max(-1.0, float(g @ b))), math.degrees(angle), g_norm / b_norm, distance)
 
 
 def _numbers(gradient: Tensor) -> Tensor:

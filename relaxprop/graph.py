@@ -15,6 +15,7 @@ Source: Millidge et al., arXiv 2010.06219, section 2 and Appendix A.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ class Graph:
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
         frozen: what is taken at the feedforward pass, and what at the current states.
         rerun: runs the model again with every vertex set to its state; needed where something is not frozen.
+        masked: whether there may be activities at the end of their type's range, which start at zero.
 
     Attributes:
         recorded: the vertices in the order of the feedforward pass.
@@ -103,6 +105,7 @@ class Graph:
         clamped: bool = True,
         frozen: Frozen = ALL_FROZEN,
         rerun: Callable[[States], Linearisation] | None = None,
+        masked: bool = False,
     ) -> None:
         self.stored = stored
         self.recorded = list(stored.cuts)
@@ -111,6 +114,7 @@ class Graph:
         self.clamped = clamped
         self.frozen = frozen
         self.rerun = rerun
+        self.masked = masked
         self._output_gradients: Sequence[Tensor | None] = [None] * len(self.outputs)
         self._source: States | None = None
         self._placed = [True] * len(self.outputs)
@@ -198,6 +202,8 @@ class Graph:
         """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
         at ∂L/∂x^L where the output is clamped."""
         states = {v: _at_least_float32(v.leaf.detach()) for v in self.vertices}
+        if self.masked:
+            states = {v: _within_range(x) for v, x in states.items()}
         if self.clamped:
             ends = {id(output) for output, _ in self._driven(self.stored)}
             if held := [v for v in self.vertices if id(v.leaf) in ends]:
@@ -398,6 +404,11 @@ def _instead(arrived: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 def _at_least_float32(x: Tensor) -> Tensor:
     """States are sums over many steps: half-precision activities relax in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _within_range(x: Tensor) -> Tensor:
+    """Zero for what a mask has put at −∞ or close to it: no sum of such numbers is finite, and any start will do."""
+    return x.masked_fill(x.abs() > math.sqrt(torch.finfo(x.dtype).max), 0)
 
 
 def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor]) -> list[_Place]:

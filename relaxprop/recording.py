@@ -225,6 +225,7 @@ class _Pass:
             clamped=self.recorder.output == "clamped",
             frozen=self.recorder.frozen,
             rerun=None if self.surroundings is None else self.rerun,
+            masked=self.operations,
         )
         self.recorded = graph.recorded
         inputs = [pair for key, pair in self.inputs.items() if key in graph.read and pair[0].requires_grad]

@@ -95,7 +95,8 @@ class ActivationRelaxation(nn.Module):
             `Euler`, `Continuous`, `Equilibrium`.
         vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
             all modules without submodules), "operations" (results of all operations, in functional code too: the
-            paper's Appendix A), or an iterable of submodules of ``module``.
+            paper's Appendix A; where an attention mask has put scores at −∞ or the least number there is, their states
+            start at 0), or an iterable of submodules of ``module``.
         frozen: which feedforward quantities (1) and (2) keep, by default all: the paper's conditions a to d (`Frozen`).
             Each quantity that is not kept costs forward passes: one per update, and one per step where the
             relaxation's derivative is not.

@@ -77,6 +77,7 @@ def test_alignment_of_a_stopped_relaxation() -> None:
             assert found[name].cosine == pytest.approx(cosine, rel=1e-10)
             assert found[name].angle == pytest.approx(math.degrees(math.acos(min(1.0, cosine))), abs=1e-5)
             assert found[name].norm_ratio == pytest.approx(float(g.norm() / b.norm()), rel=1e-10)
+            assert found[name].distance == pytest.approx(distance(g, b), rel=1e-8)
         assert min(a.cosine for a in found.values()) < 0.999
 
 

@@ -94,16 +94,7 @@ def run(
         for _ in range(3):
             step()
     memory = {name: _peak_bytes(step, device) for name, step in rules.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    gc.collect()
-    gc.disable()  # a collection would fall on one rule's step
-    try:
-        for _ in range(rounds):
-            for name, step in steps.items():
-                times[name].append(_seconds(step, device))
-            on_round()
-    finally:
-        gc.enable()
+    times = interleaved(steps, rounds=rounds, device=device, on_round=on_round)
     return Benchmark(
         command=command,
         model=model,
@@ -114,6 +105,34 @@ def run(
         costs=[_cost(name, times, memory) for name in rules],
         ratios=_ratios(times),
     )
+
+
+def interleaved(
+    steps: Mapping[str, Step],
+    *,
+    rounds: int,
+    device: torch.device | str = "cpu",
+    on_round: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds that each step takes, round by round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    gc.collect()
+    gc.disable()  # a collection would fall on one rule's step
+    try:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                times[name].append(_seconds(step, device))
+            on_round()
+    finally:
+        gc.enable()
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], what: str, *least: str, per: int = 1) -> float:
+    """Median of the ratios, round by round, of a step's time to that of others together."""
+    seconds = zip(times[what], *(times[name] for name in least), strict=True)
+    ratios: list[float] = [row[0] / per / sum(row[1:]) for row in seconds]
+    return statistics.median(ratios)
 
 
 def markdown(benchmark: Benchmark) -> str:
@@ -134,35 +153,30 @@ def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]
         rule=name,
         milliseconds=1e3 * statistics.median(seconds),
         quartiles=(1e3 * low, 1e3 * high),
-        time_ratio=statistics.median(t / b for t, b in zip(seconds, times[BASELINE], strict=True)),
+        time_ratio=ratio(times, name, BASELINE),
         peak_bytes=memory[name],
         memory_ratio=memory[name] / memory[BASELINE],
     )
 
 
 def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
-    def median(what: str, *least: str, per: int = 1) -> float:
-        seconds = zip(times[what], *(times[name] for name in least), strict=True)
-        ratios: list[float] = [row[0] / per / sum(row[1:]) for row in seconds]
-        return statistics.median(ratios)
-
     baseline = next(name for name in times if name.startswith("ClosedForm"))
     return [
         Ratio(
             what="a step of Euler",
             least="an activation-only backward pass",
-            ratio=median("Euler steps", "backward", per=EULER_STEPS),
+            ratio=ratio(times, "Euler steps", "backward", per=EULER_STEPS),
         ),
         Ratio(
             what="a step of Euler, the derivative unfrozen",
             least="a forward and an activation-only backward pass",
-            ratio=median("unfrozen Euler steps", "forward and backward", per=EULER_STEPS),
+            ratio=ratio(times, "unfrozen Euler steps", "forward and backward", per=EULER_STEPS),
         ),
         *(
             Ratio(
                 what=f"a training step under condition {name}",
                 least=f"one of {baseline} and a forward pass",
-                ratio=median(f"condition {name}", baseline, "forward"),
+                ratio=ratio(times, f"condition {name}", baseline, "forward"),
             )
             for name in UPDATES
         ),

@@ -21,7 +21,8 @@ from rich.table import Table
 from relaxprop import __version__
 from relaxprop.frozen import Frozen
 from relaxprop.lab import bench as benchmark
-from relaxprop.lab import data, figures, records
+from relaxprop.lab import data, figures, graphs, records
+from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
@@ -305,6 +306,77 @@ def convergence(
             shown.add_row(name, *(f"{c.measured[name][-1]:.1e}" for c in curves))
     console.print(shown)
     _print_paths(figures.write_convergence(curves, loaded.title, folder, _command()))
+
+
+@app.command()
+def gradients(
+    architecture: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(ARCHITECTURES)}; repeat it for several. (default: all)"),
+    ] = None,
+    step_size: Annotated[float, typer.Option(help="η in (0, 2).")] = graphs.STEP_SIZE,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved measurements of time.")] = 5,
+    small: Annotated[bool, typer.Option("--small", help="Small models, which take seconds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the figure.")] = Path("figures/gradients"),
+) -> None:
+    """Compare the gradients of many architectures with backpropagation's, every operation a vertex that relaxes."""
+    with _usage_errors("--step-size"):
+        check_step_size(step_size)
+    names = architecture or list(ARCHITECTURES)
+    if unknown := [name for name in names if name not in ARCHITECTURES]:
+        raise typer.BadParameter(
+            f"{unknown[0]!r} is not one of {', '.join(ARCHITECTURES)}", param_hint="--architecture"
+        )
+    records.check_writable(out)
+    comparisons, curves = [], []
+    with _kept("nothing was measured to the end"), _progress() as progress:
+        task = progress.add_task("", total=2 * len(names))
+        for name in names:
+            progress.update(task, description=f"{name}: gradients")
+            comparisons.append(graphs.compare(name, step_size=step_size, rounds=rounds, small=small))
+            progress.advance(task)
+            progress.update(task, description=f"{name}: asynchronous")
+            curves.append(graphs.asynchronous(name, step_size=step_size))
+            progress.advance(task)
+    cells = graphs.table(comparisons)
+    for title, columns in (("largest error", slice(2, 9)), ("time", slice(9, None))):
+        rows = [(name, *row[columns]) for name, row in zip(names, cells, strict=True)]
+        _print_table(title, (graphs.COLUMNS[0], *graphs.COLUMNS[columns]), rows)
+    for note in graphs.notes(step_size):
+        console.print(note, soft_wrap=True, highlight=False)
+    paths = graphs.write_comparisons(comparisons, step_size, out, _command())
+    _print_paths(paths + graphs.write_asynchronous(curves, step_size, out, _command()))
+
+
+@app.command()
+def depth(
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Depth to measure; repeat it for several. (default: 4 10 20 50 100 200)"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved measurements of time.")] = 5,
+    width: Annotated[int, typer.Option(min=1, help="Units in a layer.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the figure.")] = Path("figures/depth"),
+) -> None:
+    """Measure what each solver costs on deeper and deeper networks."""
+    records.check_writable(out)
+    depths = sorted(set(layers or graphs.DEPTHS))
+    with _kept("nothing was measured to the end"), _progress() as progress:
+        task = progress.add_task("depths", total=len(depths))
+        costs = graphs.cost_by_depth(
+            depths, width=width, batch_size=batch_size, rounds=rounds, on_depth=lambda: progress.advance(task)
+        )
+    about = f"chains of {width} units with tanh, batch {batch_size}, median of {rounds} interleaved rounds"
+    shown = Table(title=f"time relative to backpropagation: {about}", title_justify="left")
+    shown.add_column("solver")
+    for d in depths:
+        shown.add_column(f"{d} layers", justify="right")
+    for solver in dict.fromkeys(c.solver for c in costs):
+        shown.add_row(solver, *(f"{c.ratio:.1f}×{' =' if c.converged else ''}" for c in costs if c.solver == solver))
+    console.print(shown)
+    console.print("= nothing of the initial state is left: Equilibrium gives the same", soft_wrap=True)
+    _print_paths(graphs.write_depths(costs, about, out, _command()))
 
 
 @app.command()

@@ -23,7 +23,15 @@ from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engine import FinishedRun
 from relaxprop.lab.models import Dropped, ModelName, Part
-from relaxprop.lab.records import AlignmentSample, EpochMetrics, Rule, RunConfig, environment, write_atomically
+from relaxprop.lab.records import (
+    AlignmentSample,
+    EpochMetrics,
+    Rule,
+    RunConfig,
+    environment,
+    markdown_table,
+    write_atomically,
+)
 from relaxprop.lab.training import squared_error
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import Euler
@@ -315,7 +323,7 @@ def write_conditions(
     about = f"{dataset.title}, {model}, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
     notes = "".join(f"* {note}\n" for note in NOTES)
     files = {
-        "table.md": f"{_markdown(COLUMNS, table(rows))}\n{about}\n\n{notes}",
+        "table.md": f"{markdown_table(COLUMNS, table(rows))}\n{about}\n\n{notes}",
         "accuracy.csv": _accuracy_csv(rows),
         "summary.json": json.dumps(_summary(rows, runs, command), indent=2) + "\n",
     }
@@ -432,11 +440,6 @@ def write_convergence(curves: Sequence[Convergence], title: str, folder: Path, c
 def _largest_deviation(curves: Sequence[Convergence]) -> float:
     """Of the measured curves from the predicted ones, anywhere."""
     return max(float(np.abs(m - c.predicted[name]).max()) for c in curves for name, m in c.measured.items())
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _accuracy_csv(rows: Sequence[Row]) -> str:

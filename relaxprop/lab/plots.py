@@ -16,6 +16,7 @@ from relaxprop.diagnostics import Convergence
 
 if TYPE_CHECKING:
     from relaxprop.lab.figures import AlignmentCurves, Mean
+    from relaxprop.lab.graphs import Asynchronous, DepthCost
 
 DPI = 150
 ROUNDING = float(np.finfo(np.float64).eps)
@@ -124,6 +125,56 @@ def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) ->
     note = f" ({', '.join(map(_layer, exact))}: exact from the start, as the output is held)" if exact else ""
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(drawn), title=f"gradient of the weights{note}")
+    return _save(figure, path)
+
+
+def asynchronous_curves(curves: Sequence[Asynchronous], rounding: float, title: str, path: Path) -> Path:
+    """Error against expected updates per vertex; a panel for each architecture, a line for each seed."""
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(max(7.2, 3.6 * columns), 2.6 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axes, curve in zip(panels, curves, strict=False):
+        for i, errors in enumerate(curve.errors):
+            axes.plot(curve.updates, errors, color=COLOURS[i % len(COLOURS)], linewidth=1, label=f"seed {i}")
+        axes.axvline(curve.depth, color="grey", linewidth=0.8, linestyle="--")
+        axes.axhline(rounding, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_title(f"{curve.architecture} (depth {curve.depth})", fontsize="medium")
+        axes.set(yscale="log", xlabel="expected updates per vertex", ylabel="error")
+        axes.label_outer()
+        axes.set_xlabel("expected updates per vertex")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles += [Line2D([], [], color="grey", linestyle=style) for style in ("--", ":")]
+    labels += ["updates = vertices on the longest path", "rounding"]
+    about = "error: largest distance of a parameter's gradient to backpropagation's, over its norm"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=about)
+    figure.suptitle(title, fontsize="medium")
+    return _save(figure, path)
+
+
+def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
+    """Time relative to backpropagation against depth, by solver; filled where nothing of the initial state is left."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, solver in enumerate(dict.fromkeys(c.solver for c in costs)):
+        own = [c for c in costs if c.solver == solver]
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot([c.depth for c in own], [c.ratio for c in own], color=colour, label=solver)
+        for c in own:
+            axes.plot(c.depth, c.ratio, "o", color=colour, fillstyle="full" if c.converged else "none")
+    axes.set(xscale="log", yscale="log", xlabel="depth (layers)", ylabel="time relative to backpropagation")
+    depths = sorted({c.depth for c in costs})
+    axes.set_xticks(depths, [str(d) for d in depths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    handles += [Line2D([], [], color="black", marker="o", fillstyle=f, linestyle="") for f in ("full", "none")]
+    labels += ["nothing of the initial state left", "something left"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    axes.set_title(title, fontsize="medium")
     return _save(figure, path)
 
 

@@ -90,6 +90,9 @@ def test_help_and_version() -> None:
             ("--solver", "relaxation_derivative=False", "Euler"),
         ),
         (("convergence", "--step-size", "3"), ("step_size must be in (0, 2)", "got 3.0")),
+        (("gradients", "--architecture", "perceptron"), ("--architecture", "'perceptron'", "mlp, cnn, resnet-18")),
+        (("gradients", "--step-size", "2"), ("step_size must be in (0, 2)", "got 2.0")),
+        (("depth", "--layers", "0"), ("'--layers'", "greater than or equal to 1")),
         (("bench", "--rounds", "1"), ("'--rounds'", "greater than or equal to 2")),
         (("learn",), ("No such command", "learn")),
     ],
@@ -249,6 +252,26 @@ def test_convergence_writes_curves_and_figure(tmp_path: Path) -> None:
     assert len(lines) == 1 + 2 * 8 * 5  # step sizes × parameters × (start and four steps)
     assert "linear1.weight" in text
     assert json.loads((folder / "convergence.json").read_text())["largest_deviation"] < 1e-12
+
+
+def test_gradients_of_some_architectures(tmp_path: Path) -> None:
+    status, text = invoke("gradients", "--small", "--rounds", "1", "--architecture", "gru", "--architecture", "mixture")
+    assert status == 0
+    folder = tmp_path / "figures" / "gradients"
+    names = {"table.md", "gradients.json", "asynchronous.json", "asynchronous.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    kept = json.loads((folder / "gradients.json").read_text())
+    assert [c["architecture"] for c in kept["comparisons"]] == ["gru", "mixture"]
+    assert all(error < kept["bound"] for c in kept["comparisons"] for error in c["errors"].values())
+    assert "GRU unrolled over time" in (folder / "table.md").read_text()
+    assert "mixture" in text
+
+
+def test_the_cost_of_depth(tmp_path: Path) -> None:
+    status, text = invoke("depth", "--layers", "3", "--layers", "2", "--width", "4", "--rounds", "1", "--out", "d")
+    assert status == 0
+    assert "2 layers" in text
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"table.md", "depth.json", "depth.png"}
 
 
 def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:

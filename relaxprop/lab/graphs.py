@@ -1,0 +1,353 @@
+"""Appendix A on real models: the gradients of every architecture, without a global clock too, and the cost of depth."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from relaxprop.diagnostics import alignment, convergence
+from relaxprop.lab import plots
+from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
+from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
+from relaxprop.lab.records import environment, markdown_table, write_atomically
+from relaxprop.relaxation import ActivationRelaxation
+from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
+from relaxprop.transients import UPDATE_PROBABILITY, steps_to_converge
+
+STEP_SIZE = 0.5
+TOLERANCE = 1e-14  # weight of the initial state; gradients can be many orders of magnitude smaller than activities
+BOUND = 1e-10  # error in float64 at convergence
+DEPTHS = (4, 10, 20, 50, 100, 200)
+ROUNDING = float(np.finfo(np.float64).eps)
+
+
+class Comparison(BaseModel):
+    """One architecture, every operation of it a vertex.
+
+    Errors are distances to backpropagation's gradient relative to its norm, the largest over all parameters, in
+    float64; costs are times of a forward pass, relaxation phase and gradients relative to backpropagation's, in
+    float32, both by solver.
+    """
+
+    architecture: str
+    title: str
+    parameters: int
+    vertices: int
+    depth: int
+    steps: int  # planned: the initial state weighs at most `TOLERANCE` then
+    errors: dict[str, float]
+    costs: dict[str, float]
+    recording: dict[str, float]  # time of a recorded forward pass over a plain one's, by the choice of vertices
+
+
+def compare(name: str, *, step_size: float = STEP_SIZE, rounds: int = 5, small: bool = False) -> Comparison:
+    """Gradients and costs of one architecture.
+
+    Raises:
+        ValueError: an unknown architecture, or a step size outside (0, 2).
+    """
+    exact = build(name, small=small).to(torch.float64)
+    depth, vertices = _depth(exact)
+    steps = steps_to_converge(depth, step_size, TOLERANCE)
+    solvers = planned(depth, step_size)
+    return Comparison(
+        architecture=name,
+        title=ARCHITECTURES[name].title,
+        parameters=sum(p.numel() for p in exact.model.parameters()),
+        vertices=vertices,
+        depth=depth,
+        steps=steps,
+        errors={label: error(exact, solver) for label, solver in solvers.items()},
+        **_costs(build(name, small=small), solvers, rounds),
+    )
+
+
+def planned(depth: int, step_size: float = STEP_SIZE) -> dict[str, Solver]:
+    """Every way to the gradient, each with as many steps as the depth needs."""
+    steps = steps_to_converge(depth, step_size, TOLERANCE)
+    asynchronous = steps_to_converge(depth, step_size, TOLERANCE, order="asynchronous")
+    return {
+        "Equilibrium": Equilibrium(),
+        "ClosedForm": ClosedForm(step_size, steps),
+        "Euler": Euler(step_size, steps),
+        "asynchronous": Euler(step_size, 2 * asynchronous, order="asynchronous"),  # its weight is a mean over chance
+    }
+
+
+def error(problem: Problem, solver: Solver) -> float:
+    """Largest distance of a parameter's gradient to backpropagation's, relative to its norm.
+
+    Gradients that are zero but for rounding (of a bias before a norm, say) are measured by the largest one's norm.
+    """
+    # Equilibrium is measured on the cut graph, vertex by vertex; as its user has it, it is PyTorch's own sweep.
+    cut = isinstance(solver, Equilibrium)
+    model = ActivationRelaxation(problem.model, solver=solver, vertices="operations", measure_residual=cut)
+    torch.manual_seed(0)  # of an asynchronous order
+    found = alignment(model, problem.loss, *problem.inputs)
+    gradients = torch.autograd.grad(
+        problem.loss(problem.model(*problem.inputs)), list(_trained(problem.model).values())
+    )
+    norms = {name: float(g.norm()) for name, g in zip(_trained(problem.model), gradients, strict=True)}
+    largest = max(norms.values())
+    return max(
+        a.distance * norms[name] / (norms[name] if norms[name] > BOUND * largest else largest)
+        for name, a in found.items()
+        if norms[name]
+    )
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _depth(problem: Problem) -> tuple[int, int]:
+    model = ActivationRelaxation(problem.model, solver=Equilibrium(), vertices="operations", measure_residual=True)
+    problem.loss(model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
+    problem.model.zero_grad()
+    record = model.last_relaxation
+    assert record is not None
+    assert record.depth is not None
+    assert record.vertices is not None
+    return record.depth, record.vertices
+
+
+def _costs(problem: Problem, solvers: Mapping[str, Solver], rounds: int) -> dict[str, Any]:
+    def gradients(model: nn.Module) -> Step:
+        def step() -> None:
+            problem.loss(model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
+            model.zero_grad()
+
+        return step
+
+    def forward(model: nn.Module) -> Step:
+        def step() -> None:
+            model(*problem.inputs)
+
+        return step
+
+    def wrapped(solver: Solver, vertices: Any = "operations") -> ActivationRelaxation:
+        return ActivationRelaxation(problem.model, solver=solver, vertices=vertices)
+
+    timed = {name: solver for name, solver in solvers.items() if name != "asynchronous"}
+    steps: dict[str, Step] = {BASELINE: gradients(problem.model)}
+    steps |= {name: gradients(wrapped(solver)) for name, solver in timed.items() if not isinstance(solver, Euler)}
+    steps["forward"] = forward(problem.model)
+    recorded = [v for v in ("activations", "operations") if _has_vertices(problem.model, v)]
+    steps |= {vertices: forward(wrapped(ClosedForm(), vertices)) for vertices in recorded}
+    slow = {name: gradients(wrapped(solver)) for name, solver in timed.items() if isinstance(solver, Euler)}
+    for step in steps.values():
+        step()
+    times = interleaved(steps, rounds=rounds)
+    costs = {name: ratio(times, name, BASELINE) for name in timed if name in steps}
+    median = statistics.median(times[BASELINE])
+    costs |= {name: seconds[0] / median for name, seconds in interleaved(slow, rounds=1).items()}
+    return {"costs": costs, "recording": {vertices: ratio(times, vertices, "forward") for vertices in recorded}}
+
+
+def _has_vertices(model: nn.Module, vertices: Any) -> bool:
+    try:
+        ActivationRelaxation(model, vertices=vertices)
+    except ValueError:
+        return False
+    return True
+
+
+COLUMNS = (
+    "architecture", "parameters", "vertices", "depth", "steps",
+    "error: Equilibrium", "ClosedForm", "Euler", "asynchronous",
+    "cost: Equilibrium", "ClosedForm", "Euler",
+    "recording: activations", "operations",
+)  # fmt: skip
+
+
+def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    """The cells under ``COLUMNS``."""
+    return [
+        (
+            c.title,
+            f"{c.parameters:,}",
+            str(c.vertices),
+            str(c.depth),
+            str(c.steps),
+            *(f"{e:.0e}" for e in c.errors.values()),
+            *(f"{cost:.3g}×" for cost in c.costs.values()),
+            *(f"{c.recording[v]:.2f}×" if v in c.recording else "" for v in ("activations", "operations")),
+        )
+        for c in comparisons
+    ]
+
+
+def notes(step_size: float) -> tuple[str, ...]:
+    """What the table's columns mean."""
+    return (
+        "vertices, depth: every operation of the forward pass is a vertex (vertices='operations'); depth is the number "
+        "of vertices on the longest path",
+        f"steps: of size {step_size:g}, planned with steps_to_converge(depth, {step_size:g}, {TOLERANCE:g}); twice as "
+        "many as its own plan in the asynchronous order, where each vertex updates in a random half of the steps",
+        "error: largest distance of a parameter's gradient to backpropagation's relative to its norm, in float64",
+        "cost: time of forward pass, relaxation phase and gradients relative to backpropagation's, in float32, median "
+        "of interleaved rounds (Euler: one round)",
+        "recording: time of a forward pass that is recorded relative to a plain one's",
+    )
+
+
+class Asynchronous(BaseModel):
+    """Error over the course of an asynchronous relaxation of one architecture (small), in float64."""
+
+    architecture: str
+    depth: int
+    updates: list[float]  # expected, per vertex
+    errors: list[list[float]]  # by seed: the largest over all parameters
+
+
+def asynchronous(name: str, *, step_size: float = STEP_SIZE, seeds: int = 3) -> Asynchronous:
+    """Follows the relaxation of a small architecture, in each step of which a random half of the vertices updates."""
+    problem = build(name, small=True).to(torch.float64)
+    depth, _ = _depth(problem)
+    steps = int(1.5 * steps_to_converge(depth, step_size, TOLERANCE, order="asynchronous"))
+    model = ActivationRelaxation(problem.model, vertices="operations")
+    errors = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        solver = Euler(step_size, steps, order="asynchronous")
+        curves = convergence(model, problem.loss, *problem.inputs, solver=solver).measured
+        # A gradient that is zero but for rounding has no relative error: its curve starts beyond any other's.
+        sensible = [curve for curve in curves.values() if curve[0] < 1 / BOUND]
+        errors.append(np.max(sensible, axis=0).tolist())
+    updates = [UPDATE_PROBABILITY * n for n in range(steps + 1)]
+    return Asynchronous(architecture=name, depth=depth, updates=updates, errors=errors)
+
+
+class DepthCost(BaseModel):
+    """What one solver costs on a chain of one depth: forward pass, relaxation phase, gradients."""
+
+    depth: int
+    solver: str
+    num_steps: int | None
+    milliseconds: float  # median
+    ratio: float  # to backpropagation, median
+    transports: int
+    remaining: float  # weight of the initial state that is left in the layer next to the input
+    converged: bool  # whether that is below rounding, so that Equilibrium gives the same
+
+
+PAPERS = "100 steps of 0.1"
+ENOUGH = 1e-3  # weight of the initial state that may be left where the number of steps follows the depth
+PLANNED = f"enough steps of {STEP_SIZE:g}"
+
+
+def cost_by_depth(
+    depths: Sequence[int] = DEPTHS,
+    *,
+    width: int = 128,
+    batch_size: int = 64,
+    rounds: int = 5,
+    on_depth: Callable[[], None] = lambda: None,
+) -> list[DepthCost]:
+    """Measures the solvers on chains of linear layers with tanh: the paper's steps, and as many as the depth needs."""
+    found: list[DepthCost] = []
+    for depth in depths:
+        enough = steps_to_converge(depth, STEP_SIZE, ENOUGH)
+        solvers: dict[str, Solver] = {
+            "Equilibrium": Equilibrium(),
+            f"ClosedForm, {PAPERS}": ClosedForm(0.1, 100),
+            f"Euler, {PAPERS}": Euler(0.1, 100),
+            f"ClosedForm, {PLANNED}": ClosedForm(STEP_SIZE, enough),
+            f"Euler, {PLANNED}": Euler(STEP_SIZE, enough),
+        }
+        found += _costs_at_depth(depth, solvers, width, batch_size, rounds)
+        on_depth()
+    return found
+
+
+def _costs_at_depth(
+    depth: int, solvers: Mapping[str, Solver], width: int, batch_size: int, rounds: int
+) -> list[DepthCost]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
+        chain = nn.Sequential(*layers, nn.Linear(width, 10))
+        x = torch.rand(batch_size, width)
+
+    def gradients(model: nn.Module) -> Step:
+        def step() -> None:
+            (model(x) ** 2).sum().backward()
+            chain.zero_grad()
+
+        return step
+
+    wrapped = {name: ActivationRelaxation(chain, solver=solver) for name, solver in solvers.items()}
+    steps = {BASELINE: gradients(chain)} | {name: gradients(model) for name, model in wrapped.items()}
+    for step in steps.values():
+        step()
+    times = interleaved(steps, rounds=rounds)
+    costs = []
+    for name, model in wrapped.items():
+        record = model.last_relaxation
+        assert record is not None
+        assert record.remaining is not None
+        costs.append(
+            DepthCost(
+                depth=depth,
+                solver=name,
+                num_steps=record.num_steps,
+                milliseconds=1e3 * statistics.median(times[name]),
+                ratio=ratio(times, name, BASELINE),
+                transports=record.transports,
+                remaining=record.remaining,
+                converged=bool(record.converged),
+            )
+        )
+    return costs
+
+
+def write_comparisons(comparisons: Sequence[Comparison], step_size: float, folder: Path, command: str) -> list[Path]:
+    """Writes the table of gradients and what it was made from."""
+    text = markdown_table(COLUMNS, table(comparisons)) + "\n" + "".join(f"* {note}\n" for note in notes(step_size))
+    write_atomically(folder / "table.md", text)
+    content = {
+        "command": command,
+        "environment": environment(),
+        "bound": BOUND,
+        "comparisons": [c.model_dump() for c in comparisons],
+    }
+    write_atomically(folder / "gradients.json", json.dumps(content, indent=2) + "\n")
+    return [folder / "table.md", folder / "gradients.json"]
+
+
+def write_asynchronous(curves: Sequence[Asynchronous], step_size: float, folder: Path, command: str) -> list[Path]:
+    """Writes the figure of error against expected updates per vertex, and its numbers."""
+    content = {"command": command, "environment": environment(), "curves": [c.model_dump() for c in curves]}
+    write_atomically(folder / "asynchronous.json", json.dumps(content) + "\n")
+    title = f"asynchronous relaxation, steps of {step_size:g}, every operation a vertex, small models in float64"
+    figure = plots.asynchronous_curves(curves, ROUNDING, title, folder / "asynchronous.png")
+    return [folder / "asynchronous.json", figure]
+
+
+def write_depths(costs: Sequence[DepthCost], about: str, folder: Path, command: str) -> list[Path]:
+    """Writes the figure of cost against depth, and its numbers."""
+    content = {"command": command, "environment": environment(), "costs": [c.model_dump() for c in costs]}
+    write_atomically(folder / "depth.json", json.dumps(content, indent=2) + "\n")
+    columns = ("depth", "solver", "steps", "products with A", "ms", "time", "initial state left")
+    rows = [
+        (
+            str(c.depth),
+            c.solver,
+            str(c.num_steps or ""),
+            str(c.transports),
+            f"{c.milliseconds:.1f}",
+            f"{c.ratio:.1f}×",
+            "none: as Equilibrium" if c.converged else f"{100 * c.remaining:.2g} %",
+        )
+        for c in costs
+    ]
+    write_atomically(folder / "table.md", f"{markdown_table(columns, rows)}\n{about}\n")
+    return [folder / "table.md", folder / "depth.json", plots.cost_curves(costs, about, folder / "depth.png")]
