@@ -1,17 +1,17 @@
 """Every operation of a forward pass, seen as the model makes it, whether in modules or in functional code.
 
 An operation is a call of a PyTorch function: ``F.linear``, ``a + b``, ``torch.cat``. What gives no new tensor is part
-of the operation that reads it next: a view (``x.T``, ``x[:, 0]``, ``reshape``), a write in place (``x += y``), the same
-tensor once more (``contiguous``). So are the results of an ``autograd.Function`` and of a scripted module, which
-PyTorch announces to nobody. What a function is composed of inside, as in ``nn.MultiheadAttention`` and ``nn.LSTM``, is
-one operation.
+of the operation that reads it next: a view of what it is given (``x.T``, ``x[:, 0]``, ``reshape``), a write in place
+(``x += y``), the same tensor once more (``contiguous``). So are sparse tensors, and the results of an
+``autograd.Function`` and of a scripted module, which PyTorch announces to nobody. What a function is composed of
+inside, as in ``nn.MultiheadAttention`` and ``nn.LSTM``, is one operation. Compiled parts of the model run uncompiled.
 Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the computation graph relaxes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_DENSE = (torch.strided, torch.jagged)
 
 
 class EachOperation(TorchFunctionMode):
@@ -26,26 +27,41 @@ class EachOperation(TorchFunctionMode):
 
     Args:
         replace: called with a tensor that requires grad and the operation's name.
+        cuts: whether it cuts the graph there. What then would not see beyond the cut is refused.
 
     Raises:
-        ValueError: within it, the model differentiates by itself, or is compiled.
+        ValueError: within it, where the graph is cut, the model differentiates by itself.
     """
 
-    def __init__(self, replace: Callable[[Tensor, str], Tensor]) -> None:
+    def __init__(self, replace: Callable[[Tensor, str], Tensor], *, cuts: bool = True) -> None:
         super().__init__()
         self.replace = replace
+        self.cuts = cuts
+
+    def __enter__(self) -> EachOperation:
+        self._eager = cast(Any, torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
+        self._eager.__enter__()
+        self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
+        self._in_function = False
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._eager.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DIFFERENTIATING:
-            raise _refused(f"the model calls {func.__name__} in its forward pass, which would end at the next vertex")
+        if func is torch._C._set_grad_enabled:
+            self._note_gradients(args[0])
+        if self._in_function:
+            return func(*args, **kwargs)
         # PyTorch has no public name for "is this inside of vmap, grad or another transform?"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise _refused("the model uses a transform of torch.func, whose tensors cannot be cut")
-        if torch.compiler.is_compiling():
-            raise _refused("the model is compiled, so that its operations are made out of sight")
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if self.cuts:
+            _refuse_what_is_cut_off(func, transformed)
         result = func(*args, **kwargs)
-        if not torch.is_grad_enabled():
+        if transformed or not torch.is_grad_enabled():
             return result
         if isinstance(result, Tensor):  # the usual case, without the price of taking structures apart
             return self._replaced(result, func, args, kwargs) if result.requires_grad else result
@@ -55,21 +71,49 @@ class EachOperation(TorchFunctionMode):
             lambda x: self._replaced(x, func, args, kwargs) if isinstance(x, Tensor) and x.requires_grad else x, result
         )
 
+    def _note_gradients(self, enabled: bool) -> None:
+        """Gradients that are enabled, where the model has not disabled them itself, are those of an autograd.Function's
+        forward: it differentiates what it records by itself, so nothing is cut there."""
+        if enabled and self._enabled and not torch.is_grad_enabled():
+            self._in_function = True
+        elif self._in_function and not enabled:
+            self._in_function = False
+        else:
+            self._enabled = enabled
+
     def _replaced(self, result: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
-        if result.is_leaf or result._is_view() or any(x is result for x in pytree.arg_tree_leaves(*args, **kwargs)):
+        if result.is_leaf or result.layout not in _DENSE:
+            return result
+        read = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
+        # A function may return a view of what it has computed inside: that is new.
+        if any(x is result for x in read) or (result._is_view() and any(_base(x) is result._base for x in read)):
             return result
         return self.replace(result, _name(func))
 
 
+def _refuse_what_is_cut_off(func: Any, transformed: bool) -> None:
+    reason = None
+    if func in _DIFFERENTIATING:
+        reason = f"the model calls {func.__name__} in its forward pass, which would end at the next vertex"
+    elif transformed:
+        reason = "the model uses a transform of torch.func, whose tensors cannot be cut"
+    elif func is Tensor.retain_grad:
+        reason = "the model calls retain_grad on an activity, whose gradient would be that of one product with A"
+    elif torch.autograd.forward_ad._current_level >= 0:  # PyTorch has no public name for it
+        reason = "the model differentiates in forward mode, whose tangents end at the next vertex"
+    if reason is not None:
+        raise ValueError(
+            f"vertices='operations': {reason}: pass vertices='modules', 'activations', or the submodules whose outputs "
+            "should relax"
+        )
+
+
+def _base(x: Tensor) -> Tensor | None:
+    return x._base if x._is_view() else x
+
+
 def _name(func: Any) -> str:
-    name: str = func.__name__
+    name: str = getattr(func, "__name__", type(func).__name__)
     if name == "__get__":  # of a property, as in x.real
         return str(func.__self__.__name__)
     return name.strip("_")
-
-
-def _refused(reason: str) -> ValueError:
-    return ValueError(
-        f"vertices='operations': {reason}: pass vertices='modules', 'activations', or the submodules whose outputs "
-        "should relax"
-    )

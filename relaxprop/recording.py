@@ -100,6 +100,8 @@ class Recording:
         given: the tensors that a gradient is wanted for, as the user knows them: inputs that require grad, parameters.
         trained: what stands for each of them in the graph.
         num_inputs: how many of them are inputs; they stand first.
+        shown: the tensors in the result that require grad, one for each output of the graph: what the user gets, where
+            a write that PyTorch does not count (``x.data``) makes it differ from x̄.
     """
 
     graph: Graph
@@ -107,6 +109,7 @@ class Recording:
     given: list[Tensor]
     trained: list[Tensor]
     num_inputs: int
+    shown: list[Tensor]
 
 
 class Recorder:
@@ -237,6 +240,7 @@ class _Pass:
             given=[*(given for given, _ in inputs), *parameters.values()],
             trained=[*(alias for _, alias in inputs), *parameters.values()],
             num_inputs=len(inputs),
+            shown=tensors_requiring_grad(result),
         )
 
     def rerun(self, states: States) -> Linearisation:
@@ -346,8 +350,8 @@ class _Run:
         }
 
     def _cut_operation(self, output: Tensor, operation: str) -> Tensor:
-        name = self._called(operation)
-        return self._vertex(output, name, name)
+        # Which call of an operation is written to may change with every pass, in a loop of changing length.
+        return self._vertex(output, operation, self._called(operation))
 
     def _called(self, origin: str) -> str:
         self.calls[origin] = call = self.calls.get(origin, 0) + 1
@@ -373,6 +377,11 @@ class _Run:
             if recorded is None or (recorded.name, recorded.leaf.shape) != (name, output.shape):
                 raise _other_path()
             value = self.values[place]
+        if self.of.surroundings is not None and _is_checkpointed():
+            raise ValueError(
+                "frozen: what torch.utils.checkpoint computes again in the backward pass is not at the current states: "
+                "leave checkpointing out where something is unfrozen"
+            )
         leaf = value.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, leaf))
         return self._hand_on(leaf, origin)
@@ -464,7 +473,14 @@ class _HandedOn(NamedTuple):
 
     @property
     def overwritten(self) -> bool:
-        return self.tensor._version != self.version
+        """Whether it has to be a copy: it was written to, or has hooks, which are not the vertex's own."""
+        return self.tensor._version != self.version or bool(self.tensor._backward_hooks)
+
+
+def _is_checkpointed() -> bool:
+    # PyTorch has no public name for "what packs the tensors that are saved now?"
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:

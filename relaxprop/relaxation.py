@@ -209,7 +209,7 @@ class ActivationRelaxation(nn.Module):
         handles = [m.register_forward_hook(at_vertex) for m in vertices]
         each = self.check_finite and isinstance(self.vertices, str) and self.vertices == "operations"
         try:
-            with EachOperation(watch) if each else nullcontext():
+            with EachOperation(watch, cuts=False) if each else nullcontext():
                 result = self.module(*args, **kwargs)
         finally:
             for handle in handles:
@@ -255,8 +255,8 @@ class _RelaxationPhase(torch.autograd.Function):
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(_NOTHING)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
-        outputs = recording.graph.outputs
-        return tuple([o.detach().clone() if o.is_leaf or o._is_view() else o.detach() for o in outputs])
+        pairs = zip(recording.shown, recording.graph.outputs, strict=True)
+        return tuple([x.detach().clone() if o.is_leaf or o._is_view() else x.detach() for x, o in pairs])
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
@@ -347,8 +347,8 @@ def _first_not_finite(states: States) -> str | None:
     return next((name for name, x, total in sums if _overflows(x, total)), None)
 
 
-def _refuse_overflow(vertex: str, x: Tensor) -> None:
-    if _overflows(x, x.sum()):
+def _refuse_overflow(vertex: str, x: Tensor | None) -> None:  # None: the loss reads another part of an operation only
+    if x is not None and _overflows(x, x.sum()):
         raise NonFiniteStateError(vertex, None)
 
 

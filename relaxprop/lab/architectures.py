@@ -82,13 +82,9 @@ def _papers(name: str, image: tuple[int, int, int]) -> Callable[[bool], Problem]
 
 
 def _resnet18(small: bool) -> Problem:
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    sizes = [8, 8, 16, 16] if small else [64, 128, 256, 512]
-    config = ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=sizes, embedding_size=sizes[0], layer_type="basic")
-    config.num_labels = 10
+    sizes = (8, 8, 16, 16) if small else (64, 128, 256, 512)
     images = torch.rand(2 if small else 8, 3, 32, 32)
-    return Problem(ResNetForImageClassification(config), (images,), lambda result: _squares(result.logits))
+    return Problem(models.resnet(3, 10, sizes, (2, 2, 2, 2)), (images,), lambda result: _squares(result.logits))
 
 
 class Recurrent(nn.Module):
@@ -115,22 +111,13 @@ def _recurrent(kind: type[nn.LSTMCell] | type[nn.GRUCell]) -> Callable[[bool], P
 
 
 def _transformer(small: bool) -> Problem:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     layers, width, heads, length, batch, vocabulary = (2, 16, 2, 6, 2, 11) if small else (4, 128, 4, 64, 8, 256)
-    config = GPT2Config(
-        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
     tokens = torch.randint(vocabulary, (batch, length))
 
     def loss(result: Any) -> Tensor:
         return functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
-    model = GPT2LMHeadModel(config)
-    model.set_attn_implementation("eager")  # written out: scores, mask, softmax, sum
-    return Problem(model, (tokens,), loss)
+    return Problem(models.gpt2(vocabulary, length, width=width, layers=layers, heads=heads), (tokens,), loss)
 
 
 class UNet(nn.Module):

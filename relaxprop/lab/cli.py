@@ -27,8 +27,18 @@ from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelError, ModelName
-from relaxprop.lab.records import SOLVERS, EpochMetrics, OutputError, Rule, RunConfig, SolverName
+from relaxprop.lab.records import (
+    SOLVERS,
+    EpochMetrics,
+    Loss,
+    OptimizerName,
+    OutputError,
+    Rule,
+    RunConfig,
+    SolverName,
+)
 from relaxprop.lab.training import train as train_network
+from relaxprop.recording import Granularity
 from relaxprop.relaxation import NonFiniteStateError
 from relaxprop.transients import Order, check_step_size
 
@@ -114,10 +124,17 @@ def train(
             metavar="[PART=]PLACE", help="f' → 1 in relaxation, update or both; in a part of the network or in all."
         ),
     ] = None,
+    vertices: Annotated[
+        Granularity, typer.Option(help="What relaxes: outputs of activation modules, of all modules, all operations.")
+    ] = "activations",
     seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of SGD on the summed squared error.")] = 0.0005,
+    loss: Annotated[Loss, typer.Option(help="Summed over minibatch and outputs; a text needs cross-entropy.")] = (
+        "squared-error"
+    ),
+    optimizer: Annotated[OptimizerName, typer.Option(help="Of the weights.")] = "sgd",
+    learning_rate: Annotated[float, typer.Option(help="Of the optimiser, on the summed loss.")] = 0.0005,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
@@ -143,6 +160,9 @@ def train(
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,
+        vertices=vertices,
+        loss=loss,
+        optimizer=optimizer,
         learning_rate=learning_rate,
         alignment_every=alignment_every,
     )
@@ -486,6 +506,7 @@ def _run_config(
         "--feedback": values["feedback"],
         "--drop-derivatives": values["dropped"],
         "--alignment-every": values["alignment_every"],
+        "--vertices": values["vertices"] != "activations",
     }
     for flag, given in given_flags.items():
         if values["rule"] == "backprop" and given:

@@ -1,14 +1,19 @@
-"""Image classification data, each split as one tensor.
+"""Image classification data and a text, each split as one tensor.
 
-`digits` is scikit-learn's (real handwritten digits, 8×8, embedded in that library). The others come from the
-Hugging Face Hub or, offline, from a folder with ``<name>/train.parquet`` and ``<name>/test.parquet`` in the Hub's
-schema: a column of images and one of classes. Any data set of that kind in such a folder will do.
+`digits` is scikit-learn's (real handwritten digits, 8×8, embedded in that library), `docstrings` the documentation of
+this Python installation's own standard library. The others come from the Hugging Face Hub or, offline, from a folder
+with ``<name>/train.parquet`` and ``<name>/test.parquet`` in the Hub's schema: a column of images and one of classes.
+Any data set of that kind in such a folder will do.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
+import platform
+import string
+import sysconfig
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -34,7 +39,7 @@ HUB = {
     "cifar100": Source("uoft-cs/cifar100", None, (50_000, 10_000)),
     "svhn": Source("ufldl-stanford/svhn", "cropped_digits", (73_257, 26_032)),
 }
-DATASETS = ("digits", *HUB)
+DATASETS = ("digits", "docstrings", *HUB)
 DATA_VARIABLE = "RELAXPROP_DATA"
 
 
@@ -44,14 +49,17 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Split:
-    """Images in [0, 1], shape (n, channels, height, width), and their classes, shape (n,)."""
+    """Images in [0, 1], shape (n, channels, height, width), and their classes, shape (n,); or stretches of a text as
+    the numbers of its characters, shape (n, T), and at each place the number of the character that follows."""
 
     images: Tensor
     labels: Tensor
 
     def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.contiguous_format) -> Split:
         """The same on another device, the images in a memory format."""
-        return Split(self.images.to(device, memory_format=memory_format), self.labels.to(device))
+        images = self.images.to(device)
+        images = images.contiguous(memory_format=memory_format) if images.dim() == 4 else images
+        return Split(images, self.labels.to(device))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,8 +80,15 @@ class Dataset:
         return tuple(self.train.images.shape[1:])
 
     @property
+    def is_images(self) -> bool:
+        """Whether these are images, and not text."""
+        return self.train.images.is_floating_point()
+
+    @property
     def title(self) -> str:
         """The name, with the sizes where this is a part of the published data."""
+        if self.name == "docstrings":
+            return f"docstrings of Python {platform.python_version()}'s standard library"
         sizes = len(self.train), len(self.test)
         if self.name not in HUB or sizes == HUB[self.name].sizes:
             return self.name
@@ -113,6 +128,8 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """
     if name == "digits":
         return _digits()
+    if name == "docstrings":
+        return _docstrings()
     folder = data_dir or os.environ.get(DATA_VARIABLE)
     if name not in HUB and not (folder and (Path(folder) / name).is_dir()):
         raise DataError(
@@ -136,6 +153,38 @@ def _digits() -> Dataset:
         tuple(map(str, digits.target_names)),
         Split(images[train], labels[train]),
         Split(images[test], labels[test]),
+    )
+
+
+TEXT_LENGTH = 32  # characters that a model sees at once
+TEXT_SIZE = 400_000  # characters of the text, the last tenth of them for the test
+
+
+@lru_cache(maxsize=1)
+def _docstrings() -> Dataset:
+    """The documentation strings of the standard library's modules in alphabetical order, their printable ASCII."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    text = ""
+    for path in sorted(library.glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+        text += "".join(f"{docstring}\n\n" for docstring in found if docstring)
+        if len(text) >= TEXT_SIZE:
+            break
+    characters = sorted(set(string.printable))
+    text = "".join(c for c in text[:TEXT_SIZE] if c in characters)
+    if len(text) < TEXT_SIZE / 2:
+        raise DataError(f"{library} holds no sources of the standard library whose documentation could be read")
+    numbers = torch.tensor([characters.index(c) for c in text])
+    rows = (len(numbers) - 1) // TEXT_LENGTH
+    seen, following = (numbers[i : i + rows * TEXT_LENGTH].view(rows, TEXT_LENGTH) for i in (0, 1))
+    test = rows // 10
+    return Dataset(
+        "docstrings",
+        tuple(characters),
+        Split(seen[:-test], following[:-test]),
+        Split(seen[-test:], following[-test:]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The paper's networks, and which simplifications are put on which of their parts."""
+"""The networks that experiments train: the paper's, and others from a library; simplifications of their parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from relaxprop.derivatives import drop_derivatives
 from relaxprop.feedback import FeedbackRule, use_feedback
 from relaxprop.lab.data import Dataset
 
-ModelName = Literal["mlp", "cnn", "cnn-as-coded"]
+ModelName = Literal["mlp", "cnn", "cnn-as-coded", "resnet", "transformer"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 Part = Literal["all", "convolutional", "fully_connected"]
 Dropped = Literal["both", "relaxation", "update"]
@@ -25,7 +25,7 @@ class ModelError(ValueError):
     """The network does not fit the data, or has no such part."""
 
 
-WEIGHT_STD = 0.05  # weights start at N(0, 0.05²), biases at zero
+WEIGHT_STD = 0.05  # the paper's weights start at N(0, 0.05²), its biases at zero
 
 
 def build(
@@ -36,38 +36,31 @@ def build(
     feedback: Mapping[Part, FeedbackRule] | None = None,
     dropped: Mapping[Part, Dropped] | None = None,
 ) -> nn.Module:
-    """A network for a data set, with the paper's initial weights.
+    """A network for a data set, with its initial weights: the paper's, or the library's own.
 
     Args:
         name: "mlp": input-300-300-100-classes; "cnn": convolutions of 5×5 with 32 and 64 filters, a 2×2 max-pooling
             after the first, fully connected 64-120-classes; "cnn-as-coded": as in the authors' code, with 6 and 16
             filters without biases and fully connected 120-120-classes. All with tanh and a linear output (the paper,
-            section 3). The parts of the last two are ``convolutional`` and ``fully_connected``.
+            section 3). The parts of the last two are ``convolutional`` and ``fully_connected``. "resnet": three
+            residual blocks of 16, 32 and 64 filters with batch norm; "transformer": GPT-2's decoder with two blocks of
+            width 64 and tied embeddings, for sequences; both by Hugging Face.
         seed: fixes the weights, whatever rule trains them, and the backwards weights, which are independent of them.
         feedback: the rule of the backwards weights, by part of the network.
         dropped: where derivatives are dropped, by part of the network.
 
     Raises:
         ValueError: an unknown name.
-        ModelError: images that are too small; a part that the network does not have.
+        ModelError: images that are too small, sequences where images are needed or the other way round; a part that
+            the network does not have.
     """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    classes = len(dataset.classes)
-    if name == "mlp":
-        model = _mlp([math.prod(dataset.image_shape), 300, 300, 100, classes])
-    elif name == "cnn":
-        model = _cnn(dataset.image_shape, (32, 64), (64, 120, classes), bias=True)
-    else:
-        model = _cnn(dataset.image_shape, (6, 16), (120, 120, classes), bias=False)
+    if (name == "transformer") == dataset.is_images:
+        raise ModelError(f"the {name} does not fit {dataset.name}: a transformer reads text, the others read images")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith("weight"):
-                    parameter.normal_(0, WEIGHT_STD)
-                else:
-                    parameter.zero_()
+        model = _network(name, dataset)
         # The backwards weights go on in the same stream: seeded anew, they would be the weights once more.
         for part, rule in (feedback or {}).items():
             use_feedback(_part(model, part), rule)
@@ -77,9 +70,68 @@ def build(
     return model
 
 
+def _network(name: str, dataset: Dataset) -> nn.Module:
+    classes = len(dataset.classes)
+    if name == "resnet":
+        return _Logits(resnet(dataset.image_shape[0], classes, (16, 32, 64), (1, 1, 1)))
+    if name == "transformer":
+        return _Logits(gpt2(classes, dataset.train.images.shape[1], width=64, layers=2, heads=4))
+    if name == "mlp":
+        return _initialised(_mlp([math.prod(dataset.image_shape), 300, 300, 100, classes]))
+    if name == "cnn":
+        return _initialised(_cnn(dataset.image_shape, (32, 64), (64, 120, classes), bias=True))
+    return _initialised(_cnn(dataset.image_shape, (6, 16), (120, 120, classes), bias=False))
+
+
+@torch.no_grad()
+def _initialised(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight"):
+            parameter.normal_(0, WEIGHT_STD)
+        else:
+            parameter.zero_()
+    return model
+
+
+class _Logits(nn.Module):
+    """A model of Hugging Face as PyTorch's losses expect it: (n, classes), or (n, classes, T) for a sequence."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x).logits
+        return logits.movedim(-1, 1)
+
+
+def resnet(channels: int, classes: int, sizes: Sequence[int], depths: Sequence[int]) -> nn.Module:
+    """A residual network with batch norm (He et al., 2016): ``depths`` basic blocks of each of the ``sizes``."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=channels, embedding_size=sizes[0], hidden_sizes=[*sizes], depths=[*depths], layer_type="basic"
+    )
+    config.num_labels = classes
+    return ResNetForImageClassification(config)
+
+
+def gpt2(vocabulary: int, length: int, *, width: int, layers: int, heads: int) -> nn.Module:
+    """A decoder-only transformer with tied embeddings (Radford et al., 2019), its attention written out."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.set_attn_implementation("eager")  # scores, mask, softmax and sum are operations of their own
+    return model
+
+
 def memory_format(name: str) -> torch.memory_format:
     """How a network's weights and images lie in memory: convolutions are fastest where channels are innermost."""
-    return torch.contiguous_format if name == "mlp" else torch.channels_last
+    return torch.contiguous_format if name in ("mlp", "transformer") else torch.channels_last
 
 
 def _part(model: nn.Module, name: str) -> nn.Module:

@@ -26,15 +26,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import Frozen
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.locality import Locality
+from relaxprop.recording import Granularity
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
 Rule = Literal["ar", "backprop"]
+Loss = Literal["squared-error", "cross-entropy"]
+OptimizerName = Literal["sgd", "adam"]
 SolverName = Literal["closed-form", "euler", "continuous", "equilibrium"]
 SOLVERS: dict[SolverName, type[Solver]] = {
     "closed-form": ClosedForm,
@@ -51,6 +54,9 @@ def default_solver(frozen: Frozen) -> SolverName:
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
+
+
+_OPTIMIZER = "optimizer state: "  # before the names of the optimiser's tensors in a checkpoint
 
 
 class OutputError(Exception):
@@ -71,6 +77,7 @@ class RunConfig(BaseModel):
     rule: Rule = "ar"
     solver: SolverName = "closed-form"
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
+    vertices: Granularity = "activations"
     frozen: Frozen = Frozen()
     feedback: dict[Part, FeedbackRule] = Field(default_factory=dict)  # by part of the network, as `models.build`
     dropped: dict[Part, Dropped] = Field(default_factory=dict)
@@ -79,6 +86,8 @@ class RunConfig(BaseModel):
     signed_inputs: bool = False  # scaled to [−1, 1], not [0, 1]
     batch_size: int = Field(default=64, ge=1)
     left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
+    loss: Loss = "squared-error"  # summed over minibatch and outputs
+    optimizer: OptimizerName = "sgd"
     learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
     convolutional_factor: float = Field(default=1, gt=0, allow_inf_nan=False)  # of the convolutions' learning rate
     alignment_every: int = Field(default=0, ge=0)  # minibatches from one `AlignmentSample` to the next; 0: never
@@ -100,6 +109,7 @@ class RunConfig(BaseModel):
             return values | {
                 "solver": "closed-form",
                 "solver_options": {},
+                "vertices": "activations",
                 "frozen": Frozen(),
                 "feedback": {},
                 "dropped": {},
@@ -126,7 +136,10 @@ class RunConfig(BaseModel):
     def id(self) -> str:
         """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
-        added = ("feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every")
+        added = (
+            "feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every", "vertices", "loss",
+            "optimizer",
+        )  # fmt: skip
         fields = type(self).model_fields
         unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
         content = self.model_dump_json(exclude={"epochs", *unused})
@@ -154,7 +167,7 @@ class EpochMetrics(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # a loss may diverge
 
     epoch: int
-    train_loss: float  # per sample: squared error summed over outputs, averaged over the epoch
+    train_loss: float  # per label: summed over outputs, averaged over the epoch
     test_accuracy: float  # in [0, 1]
     seconds: float  # of training, without the evaluation and the measurement of alignment
     alignment: tuple[AlignmentSample, ...] = ()
@@ -204,26 +217,39 @@ class Record:
                 "again"
             ) from error
 
-    def save_reports(self, locality: Locality, certificate: dict[str, float] | None) -> None:
+    def save_reports(self, locality: Locality | None, certificate: dict[str, float] | None) -> None:
         """Keeps what the run's updates read, and what its relaxation phase leaves of the initial state."""
-        write_atomically(self.path / "locality.json", _LOCALITY.dump_json(locality, indent=2).decode() + "\n")
+        if locality is not None:
+            write_atomically(self.path / "locality.json", _LOCALITY.dump_json(locality, indent=2).decode() + "\n")
         if certificate is not None:
             text = _CERTIFICATE.dump_json(certificate, indent=2).decode() + "\n"
             write_atomically(self.path / "certificate.json", text)
 
-    def load_weights(self, model: nn.Module) -> None:
-        """The weights after the last finished epoch."""
-        model.load_state_dict(load_file(self.path / "checkpoint.safetensors"))
+    def load_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """The weights and the optimiser's state after the last finished epoch."""
+        tensors = load_file(self.path / "checkpoint.safetensors")
+        model.load_state_dict({k: x for k, x in tensors.items() if not k.startswith(_OPTIMIZER)})
+        if optimizer is not None:
+            state: dict[int, dict[str, Tensor]] = {}
+            for key in tensors.keys() & {k for k in tensors if k.startswith(_OPTIMIZER)}:
+                index, name = key.removeprefix(_OPTIMIZER).split(".")
+                state.setdefault(int(index), {})[name] = tensors[key]
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-    def save(self, metrics: list[EpochMetrics], model: nn.Module) -> None:
+    def save(self, metrics: list[EpochMetrics], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keeps a finished epoch."""
         try:
             text = "".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in metrics)
             write_atomically(self.path / "metrics.jsonl", text)
             # Last: an epoch counts as finished only once its weights are there.
             partial = self.path / "checkpoint.safetensors.partial"
-            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, partial, metadata={"epoch": str(len(metrics))})
+            state = optimizer.state_dict()["state"]
+            tensors = model.state_dict() | {
+                f"{_OPTIMIZER}{index}.{name}": x for index, own in state.items() for name, x in own.items()
+            }
+            # Copies, since safetensors refuses what shares memory, as tied weights do.
+            copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+            save_file(copies, partial, metadata={"epoch": str(len(metrics))})
             partial.replace(self.path / "checkpoint.safetensors")
         except OSError as error:
             raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error

@@ -16,7 +16,7 @@ from torch.nn import functional
 from relaxprop.diagnostics import alignment, certificate, feedback_alignment
 from relaxprop.lab import models
 from relaxprop.lab.data import DataError, Dataset, Split
-from relaxprop.lab.records import AlignmentSample, EpochMetrics, Record, RunConfig
+from relaxprop.lab.records import AlignmentSample, EpochMetrics, Loss, OptimizerName, Record, RunConfig
 from relaxprop.locality import describe_locality
 from relaxprop.relaxation import ActivationRelaxation
 
@@ -42,7 +42,7 @@ def train(
 
     Raises:
         DataError: all minibatches are left out.
-        ModelError: the network does not fit the data, or has no such part.
+        ModelError: the network or the loss does not fit the data, or there is no such part.
         OutputError: the run's folder cannot be written.
         NonFiniteStateError: the relaxation diverged; the epochs before it are kept.
     """
@@ -53,26 +53,34 @@ def train(
     record = Record(config, root) if root is not None else None
     if record is not None and len(finished := record.finished_epochs()) >= config.epochs:
         return finished[: config.epochs]
+    if not dataset.is_images and config.loss == "squared-error":
+        raise models.ModelError(f"{dataset.name} has a label at every place of a text: train it with the cross-entropy")
     if config.signed_inputs:
         dataset = dataset.signed()
     model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
     metrics = record.open() if record is not None else []
-    if record is not None and metrics:
-        record.load_weights(model)
     model.to(device)
+    optimizer = OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
+    if record is not None and metrics:
+        record.load_weights(model, optimizer)
     dataset = dataset.to(device, models.memory_format(config.model))
     trained: nn.Module = model
     if config.rule == "ar":
         trained = wrapped = ActivationRelaxation(
-            model, solver=config.build_solver(), frozen=config.frozen, check_finite=check_finite
+            model,
+            solver=config.build_solver(),
+            vertices=config.vertices,
+            frozen=config.frozen,
+            check_finite=check_finite,
         )
         if record is not None:
             few = dataset.train.images[:2]
-            linear = config.frozen.relaxation_derivative
-            record.save_reports(describe_locality(wrapped, few), certificate(wrapped, few) if linear else None)
+            record.save_reports(
+                describe_locality(wrapped, few) if config.vertices != "operations" else None,
+                certificate(wrapped, few) if config.frozen.relaxation_derivative else None,
+            )
     rows = kept_samples(len(dataset.test), config)
     test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
-    optimizer = torch.optim.SGD(_parameter_groups(model, config), lr=config.learning_rate)
     for epoch in range(len(metrics) + 1, config.epochs + 1):
         samples: list[AlignmentSample] = []
         start = time.perf_counter()
@@ -83,7 +91,7 @@ def train(
             EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds, alignment=tuple(samples))
         )
         if record is not None:
-            record.save(metrics, model)
+            record.save(metrics, model, optimizer)
         if on_epoch is not None:
             on_epoch(metrics[-1])
     return metrics
@@ -110,27 +118,32 @@ def train_epoch(
     """One pass over the training data; the mean loss per sample."""
     torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
     model.train()
-    targets = functional.one_hot(dataset.train.labels, len(dataset.classes)).to(dataset.train.images.dtype)
+    labels = dataset.train.labels
+    squared = config.loss == "squared-error"
+    targets = functional.one_hot(labels, len(dataset.classes)).to(dataset.train.images.dtype) if squared else labels
+    measure = LOSSES[config.loss]
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
-    samples = 0
+    count = 0
     for i, rows in enumerate(minibatches(len(dataset.train), config, epoch)):
         index = rows.to(targets.device)
         inputs, wanted = dataset.train.images[index], targets[index]
         if config.alignment_every and i % config.alignment_every == 0 and isinstance(model, ActivationRelaxation):
             epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
-            on_alignment(_measure_alignment(model, inputs, wanted, epochs))
-        loss = squared_error(model(inputs), wanted)
+            on_alignment(_measure_alignment(model, measure, inputs, wanted, epochs))
+        loss = measure(model(inputs), wanted)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
-        samples += len(rows)
-    return float(total) / samples
+        count += labels[index].numel()
+    return float(total) / count
 
 
-def _measure_alignment(model: ActivationRelaxation, inputs: Tensor, targets: Tensor, epochs: float) -> AlignmentSample:
+def _measure_alignment(
+    model: ActivationRelaxation, measure: LossFunction, inputs: Tensor, targets: Tensor, epochs: float
+) -> AlignmentSample:
     start = time.perf_counter()
-    gradients = alignment(model, lambda output: squared_error(output, targets), inputs)
+    gradients = alignment(model, lambda output: measure(output, targets), inputs)
     feedback = feedback_alignment(model)
     return AlignmentSample(
         epochs=epochs,
@@ -143,6 +156,19 @@ def _measure_alignment(model: ActivationRelaxation, inputs: Tensor, targets: Ten
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """The paper's loss, summed over minibatch and outputs, so that ∂L/∂x^L = 2 (x^L − T)."""
     return ((output - target) ** 2).sum()
+
+
+def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
+    """In nats, summed over all labels."""
+    return functional.cross_entropy(output, labels, reduction="sum")
+
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+LOSSES: dict[Loss, LossFunction] = {"squared-error": squared_error, "cross-entropy": cross_entropy}
+OPTIMIZERS: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+}
 
 
 def minibatches(size: int, config: RunConfig, epoch: int) -> Iterator[Tensor]:
@@ -165,10 +191,10 @@ def _seed(config: RunConfig, epoch: int) -> int:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split, batch_size: int = 2000) -> float:
-    """Share of the split that is classified correctly, in [0, 1]."""
+    """Share of the split's labels that are the likeliest by the model, in [0, 1]."""
     model.eval()
     correct = 0
     for start in range(0, len(split), batch_size):
         rows = slice(start, start + batch_size)
         correct += int((model(split.images[rows]).argmax(1) == split.labels[rows]).sum())
-    return correct / len(split)
+    return correct / split.labels.numel()

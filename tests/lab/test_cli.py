@@ -82,6 +82,8 @@ def test_help_and_version() -> None:
         (("train", "--rule", "backprop", "--feedback", "learned"), ("--feedback", "no effect", "backprop")),
         (("train", "--rule", "backprop", "--alignment-every", "9"), ("--alignment-every", "no effect", "backprop")),
         (("train", "--alignment-every", "-1"), ("'--alignment-every'", "greater than or equal to 0")),
+        (("train", "--rule", "backprop", "--vertices", "operations"), ("--vertices", "no effect", "backprop")),
+        (("train", "--loss", "hinge"), ("'--loss'", "squared-error", "cross-entropy")),
         (("train", "--unfreeze", "weights"), ("'--unfreeze'", "relaxation-derivative", "update-activity")),
         (("train", "--unfreeze", "input"), ("--unfreeze", "input=False has no effect")),
         (("train", "--rule", "backprop", "--unfreeze", "input"), ("--unfreeze", "no effect", "backprop")),
@@ -122,7 +124,9 @@ def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
     assert "the network has no part 'convolutional'" in capsys.readouterr().err
     assert run_main(monkeypatch, "train", "--dataset", "imagenet") == 1
     error = capsys.readouterr().err
-    assert "dataset must be one of digits, mnist, fashion_mnist, cifar10, cifar100, svhn, or the name" in error
+    assert (
+        "dataset must be one of digits, docstrings, mnist, fashion_mnist, cifar10, cifar100, svhn, or the name" in error
+    )
     assert run_main(monkeypatch, "train", "--dataset", "mnist", "--data-dir", str(tmp_path)) == 1
     assert "mnist/train.parquet does not exist" in capsys.readouterr().err
     (tmp_path / "file").write_text("kept")

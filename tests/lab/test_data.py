@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import argparse
+import inspect
 import math
+import string
 from pathlib import Path
 
 import datasets
@@ -28,6 +31,23 @@ def test_digits_are_scikit_learns_real_digits() -> None:
     assert (digits.test.labels.bincount() >= 34).all()
 
 
+def test_docstrings_are_the_standard_librarys_own_text() -> None:
+    text = data.load("docstrings")
+    assert text.classes == tuple(sorted(string.printable))
+    everything = torch.cat([text.train.images, text.test.images]).flatten().tolist()
+    written = "".join(text.classes[i] for i in everything)
+    documentation = inspect.cleandoc(argparse.__doc__ or "")
+    assert len(documentation) > 100
+    assert "".join(c for c in documentation if c in string.printable) in written
+    assert len(written) > 300_000
+    for split in (text.train, text.test):  # each label is the character that follows
+        assert split.images.shape == split.labels.shape == (len(split), data.TEXT_LENGTH)
+        assert torch.equal(split.images[:, 1:], split.labels[:, :-1])
+        assert torch.equal(split.images[1:, 0], split.labels[:-1, -1])
+    assert not text.is_images
+    assert "Python 3" in text.title
+
+
 def test_images_come_back_as_they_were_written(tmp_path: Path) -> None:
     images = np.random.default_rng(1).integers(0, 256, (7, 5, 4), dtype=np.uint8)
     for split in ("train", "test"):
@@ -44,7 +64,9 @@ def test_the_folder_may_come_from_the_environment(data_dir: Path, monkeypatch: p
 
 
 def test_an_unknown_data_set_is_refused_with_the_choices() -> None:
-    with pytest.raises(DataError, match=r"must be one of digits, mnist, .*svhn, or .*--data-dir.* got 'imagenet'"):
+    with pytest.raises(
+        DataError, match=r"must be one of digits, docstrings, mnist, .*svhn, or .*--data-dir.* got 'imagenet'"
+    ):
         data.load("imagenet")
 
 
@@ -117,7 +139,7 @@ def test_the_papers_mlp_and_its_initial_weights() -> None:
     same, other = build("mlp", digits, seed=3), build("mlp", digits, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     assert not torch.equal(model.linear1.weight, other.linear1.weight)  # type: ignore[arg-type,union-attr]
-    with pytest.raises(ValueError, match="model must be one of mlp, cnn, cnn-as-coded, got 'vgg'"):
+    with pytest.raises(ValueError, match="model must be one of mlp, cnn, cnn-as-coded, resnet, transformer, got 'vgg'"):
         build("vgg", digits, seed=0)
 
 

@@ -155,6 +155,16 @@ def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
     assert figures.EXPERIMENTS["figure2"].of("leaves") is figures.SIMPLIFIED
 
 
+def test_the_runs_on_other_graphs() -> None:
+    experiment = figures.EXPERIMENTS["graphs"]
+    for dataset, model in (("docstrings", "transformer"), ("cifar10", "resnet")):
+        planned = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1))
+        assert planned.keys() == {"backprop", "baseline"}
+        assert {config.model for config in planned.values()} == {model}
+        assert {config.optimizer for config in planned.values()} == {"adam"}
+        assert planned["baseline"].vertices == "operations"
+
+
 @pytest.mark.parametrize("claim", ["equivalent", "worse", "destroyed"])
 def test_no_claim_is_tested_where_nothing_was_learned(claim: figures.Claim) -> None:
     difference = figures.mean_over_seeds([0.0, 0.001, -0.001])

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from relaxprop.frozen import Frozen
 from relaxprop.lab import data, training
 from relaxprop.lab.data import DataError, Dataset, Split
-from relaxprop.lab.models import build
+from relaxprop.lab.models import ModelError, build
 from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig, read_run
 from relaxprop.lab.training import accuracy, minibatches, train
 from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
@@ -67,6 +67,89 @@ def test_the_closed_form_trains_like_the_steps_that_it_replaces(digits: Dataset)
     closed = train(small(2, solver="closed-form", solver_options=options), digits)
     steps = train(small(2, solver="euler", solver_options=options), digits)
     assert [m.train_loss for m in closed] == pytest.approx([m.train_loss for m in steps], rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- other graphs
+
+OTHER: dict[str, object] = {"loss": "cross-entropy", "optimizer": "adam", "learning_rate": 1e-3, "batch_size": 16}
+CONVERGED: dict[str, object] = {"vertices": "operations", "solver_options": {"step_size": 0.5, "num_steps": 300}}
+
+
+@pytest.fixture(scope="module")
+def text() -> Dataset:
+    whole = data.load("docstrings")
+    splits = (Split(split.images[:48], split.labels[:48]) for split in (whole.train, whole.test))
+    return Dataset("docstrings", whole.classes, *splits)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    split = Split(torch.rand(48, 3, 32, 32, generator=generator), torch.arange(48) % 10)
+    return Dataset("pictures", tuple("0123456789"), split, split)
+
+
+def test_the_loop_with_cross_entropy_and_adam(text: Dataset) -> None:
+    """One epoch by hand, the mean over all places of the text."""
+    config = small(1, dataset="docstrings", model="transformer", rule="backprop", seed=2, **OTHER)
+    model = build("transformer", text, seed=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    total = 0.0
+    for rows in minibatches(48, config, 1):
+        logits = model(text.train.images[rows]).movedim(1, -1).log_softmax(-1)
+        loss = -logits.gather(-1, text.train.labels[rows].unsqueeze(-1)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach())
+    (metrics,) = train(config, text)
+    assert metrics.train_loss == pytest.approx(total / text.train.labels.numel(), rel=1e-4)
+    right = (model(text.test.images).argmax(1) == text.test.labels).double().mean()
+    assert metrics.test_accuracy == pytest.approx(float(right), abs=2 / text.test.labels.numel())
+
+
+@pytest.mark.parametrize("model", ["transformer", "resnet"])
+def test_on_other_graphs_training_is_backpropagation(
+    text: Dataset, pictures: Dataset, tmp_path: Path, model: str
+) -> None:
+    dataset = text if model == "transformer" else pictures
+    relaxed = train(small(2, model=model, **OTHER, **CONVERGED), dataset, root=tmp_path)
+    exact = train(small(2, model=model, rule="backprop", **OTHER), dataset, root=tmp_path)
+    losses = [[m.train_loss for m in metrics] for metrics in (relaxed, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][1] < losses[0][0]
+    (run,) = tmp_path.glob("*-ar-*")
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert len(certificate) > 20
+    assert max(certificate.values()) < 1e-15
+    assert not (run / "locality.json").exists()
+
+
+@pytest.mark.parametrize("model", ["transformer", "mlp"])
+def test_adam_resumes_to_identical_metrics(digits: Dataset, text: Dataset, tmp_path: Path, model: str) -> None:
+    """With its moments; and tied weights stay tied."""
+    dataset = text if model == "transformer" else digits
+    config = small(4, model=model, rule="backprop", **OTHER)
+
+    def interrupt(metrics: EpochMetrics) -> None:
+        if metrics.epoch == 2:
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        train(config, dataset, root=tmp_path, on_epoch=interrupt)
+    assert learning(train(config, dataset, root=tmp_path)) == learning(train(config, dataset))
+
+
+def test_what_does_not_fit_together_is_refused(digits: Dataset, text: Dataset, pictures: Dataset) -> None:
+    with pytest.raises(ModelError, match="a transformer reads text, the others read images"):
+        train(small(1, model="transformer", **OTHER), digits)
+    with pytest.raises(ModelError, match="the mlp does not fit docstrings"):
+        train(small(1, **OTHER), text)
+    with pytest.raises(ModelError, match=r"docstrings has a label at every place.*cross-entropy"):
+        train(small(1, model="transformer"), text)
+    switches = [{}, {"loss": "cross-entropy"}, {"optimizer": "adam"}, {"vertices": "operations"}]
+    assert len({small(1, **switch).id for switch in switches}) == 4
+    assert small(rule="backprop", vertices="operations") == small(rule="backprop")
 
 
 @pytest.mark.parametrize("solver", ["euler", "continuous"])
