@@ -11,7 +11,7 @@ Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +39,8 @@ class EachOperation(TorchFunctionMode):
         self.cuts = cuts
 
     def __enter__(self) -> EachOperation:
-        self._eager = cast(Any, torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
-        self._eager.__enter__()
+        self._eager = torch.compiler.set_stance("force_eager")  # compiled code announces nothing
+        self._eager.__enter__()  # type: ignore[no-untyped-call]
         self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
         self._in_function = False
         super().__enter__()
@@ -48,7 +48,7 @@ class EachOperation(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._eager.__exit__(*exception)
+        self._eager.__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
