@@ -11,6 +11,7 @@ Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,16 +40,16 @@ class EachOperation(TorchFunctionMode):
         self.cuts = cuts
 
     def __enter__(self) -> EachOperation:
-        self._eager = torch.compiler.set_stance("force_eager")  # compiled code announces nothing
-        self._eager.__enter__()  # type: ignore[no-untyped-call]
+        self._eager = ExitStack()
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
         self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
         self._in_function = False
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._eager.__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._eager.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

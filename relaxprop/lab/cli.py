@@ -374,7 +374,7 @@ def depth(
         list[int] | None,
         typer.Option(min=1, help="Depth to measure; repeat it for several. (default: 4 10 20 50 100 200)"),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved measurements of time.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved measurements of time.")] = 3,
     width: Annotated[int, typer.Option(min=1, help="Units in a layer.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder for the table and the figure.")] = Path("figures/depth"),
@@ -387,7 +387,7 @@ def depth(
         costs = graphs.cost_by_depth(
             depths, width=width, batch_size=batch_size, rounds=rounds, on_depth=lambda: progress.advance(task)
         )
-    about = f"chains of {width} units with tanh, batch {batch_size}, median of {rounds} interleaved rounds"
+    about = f"chains of {width} units with tanh, orthogonal weights, batch {batch_size}, median of {rounds} interleaved rounds"
     shown = Table(title=f"time relative to backpropagation: {about}", title_justify="left")
     shown.add_column("solver")
     for d in depths:

@@ -274,6 +274,8 @@ def _costs_at_depth(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
+        for layer in layers[::2]:
+            nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
         chain = nn.Sequential(*layers, nn.Linear(width, 10))
         x = torch.rand(batch_size, width)
 
