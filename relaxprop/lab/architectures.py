@@ -83,7 +83,7 @@ def _papers(name: str, image: tuple[int, int, int]) -> Callable[[bool], Problem]
 
 def _resnet18(small: bool) -> Problem:
     sizes = (8, 8, 16, 16) if small else (64, 128, 256, 512)
-    images = torch.rand(2 if small else 8, 3, 32, 32)
+    images = torch.rand(2 if small else 4, 3, 32, 32)
     return Problem(models.resnet(3, 10, sizes, (2, 2, 2, 2)), (images,), lambda result: _squares(result.logits))
 
 

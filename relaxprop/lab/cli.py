@@ -387,7 +387,7 @@ def depth(
         costs = graphs.cost_by_depth(
             depths, width=width, batch_size=batch_size, rounds=rounds, on_depth=lambda: progress.advance(task)
         )
-    about = f"chains of {width} units with tanh, orthogonal weights, batch {batch_size}, median of {rounds} interleaved rounds"
+    about = f"chains of {width} units with tanh, orthogonal weights, batch {batch_size}, median of {rounds} rounds"
     shown = Table(title=f"time relative to backpropagation: {about}", title_justify="left")
     shown.add_column("solver")
     for d in depths:

@@ -273,10 +273,10 @@ def _costs_at_depth(
 ) -> list[DepthCost]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]
-        for layer in layers[::2]:
+        layers = [nn.Linear(width, width) for _ in range(depth)]
+        for layer in layers:
             nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
-        chain = nn.Sequential(*layers, nn.Linear(width, 10))
+        chain = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.Linear(width, 10))
         x = torch.rand(batch_size, width)
 
     def gradients(model: nn.Module) -> Step:

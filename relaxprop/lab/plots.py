@@ -134,15 +134,13 @@ def asynchronous_curves(curves: Sequence[Asynchronous], rounding: float, title: 
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(max(7.2, 3.6 * columns), 2.6 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    for axes, curve in zip(panels, curves, strict=False):
+    for place, (axes, curve) in enumerate(zip(panels, curves, strict=False)):
         for i, errors in enumerate(curve.errors):
             axes.plot(curve.updates, errors, color=COLOURS[i % len(COLOURS)], linewidth=1, label=f"seed {i}")
         axes.axvline(curve.depth, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(rounding, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(f"{curve.architecture} (depth {curve.depth})", fontsize="medium")
-        axes.set(yscale="log", xlabel="expected updates per vertex", ylabel="error")
-        axes.label_outer()
-        axes.set_xlabel("expected updates per vertex")
+        axes.set(yscale="log", xlabel="expected updates per vertex", ylabel="" if place % columns else "error")
         axes.grid(alpha=0.3)
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
