@@ -17,6 +17,7 @@ from relaxprop.lab.data import Dataset
 
 ModelName = Literal["mlp", "cnn", "cnn-as-coded", "resnet", "transformer"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
+LIBRARY = ("resnet", "transformer")  # with initial weights of its own
 Part = Literal["all", "convolutional", "fully_connected"]
 Dropped = Literal["both", "relaxation", "update"]
 
@@ -61,6 +62,9 @@ def build(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = _network(name, dataset)
+        if name not in LIBRARY:
+            torch.manual_seed(seed)  # whatever PyTorch's own initialisation has drawn
+            _initialise(model)
         # The backwards weights go on in the same stream: seeded anew, they would be the weights once more.
         for part, rule in (feedback or {}).items():
             use_feedback(_part(model, part), rule)
@@ -77,20 +81,19 @@ def _network(name: str, dataset: Dataset) -> nn.Module:
     if name == "transformer":
         return _Logits(gpt2(classes, dataset.train.images.shape[1], width=64, layers=2, heads=4))
     if name == "mlp":
-        return _initialised(_mlp([math.prod(dataset.image_shape), 300, 300, 100, classes]))
+        return _mlp([math.prod(dataset.image_shape), 300, 300, 100, classes])
     if name == "cnn":
-        return _initialised(_cnn(dataset.image_shape, (32, 64), (64, 120, classes), bias=True))
-    return _initialised(_cnn(dataset.image_shape, (6, 16), (120, 120, classes), bias=False))
+        return _cnn(dataset.image_shape, (32, 64), (64, 120, classes), bias=True)
+    return _cnn(dataset.image_shape, (6, 16), (120, 120, classes), bias=False)
 
 
 @torch.no_grad()
-def _initialised(model: nn.Module) -> nn.Module:
+def _initialise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("weight"):
             parameter.normal_(0, WEIGHT_STD)
         else:
             parameter.zero_()
-    return model
 
 
 class _Logits(nn.Module):

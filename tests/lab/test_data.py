@@ -176,6 +176,19 @@ def test_simplifications_of_parts() -> None:
         build("mlp", images(1, 14, 14), seed=1, feedback={"convolutional": "learned"})
 
 
+@pytest.mark.parametrize("feedback", [{}, {"all": "learned"}])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "cnn-as-coded"])
+def test_the_papers_initial_weights(name: str, feedback: dict[Part, FeedbackRule]) -> None:
+    """N(0, 0.05²) in the order of the layers, from the seed alone: a kept result can be computed again."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter_name, parameter in build(name, images(3, 16, 16), seed=3, feedback=feedback).named_parameters():
+        if parameter_name.endswith("weight"):
+            expected = torch.empty(parameter.shape).normal_(0, 0.05, generator=generator)
+            assert torch.equal(parameter, expected), parameter_name
+        elif parameter_name.endswith("bias"):
+            assert not parameter.any()
+
+
 @pytest.mark.parametrize("rule", ["learned", "random"])
 @pytest.mark.parametrize("part", ["all", "convolutional", "fully_connected"])
 @pytest.mark.parametrize("seed", [0, 1])
