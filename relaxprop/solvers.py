@@ -211,9 +211,14 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
         arriving = graph.transport(states, active)
         states = {}
         for v in active:
-            y = torch.add(arriving[v], initial[v], alpha=c) if v in arriving else c * initial[v]
-            states[v] = y.add_(source[v], alpha=d) if v in source else y
-    return states, len(hops.terms) - 1
+            y = arriving.get(v)
+            if c:
+                y = c * initial[v] if y is None else torch.add(y, initial[v], alpha=c)
+            if d and v in source:
+                y = d * source[v] if y is None else torch.add(y, source[v], alpha=d)
+            if y is not None:  # else it is zero
+                states[v] = y
+    return {v: states[v] if v in states else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,13 @@ class Hops:
 
     @cached_property
     def terms(self) -> list[tuple[float, float]]:
-        """The pairs (c_k, d_k) from k = 0 to the last that is not vanishing.
+        """The pairs (c_k, d_k) from k = 0 to the last that does not vanish, those numbers that do as zero.
 
-        Far more hops than steps of η can make have weights down to η^n: rounding squared leaves no trace, even in a
-        graph where gradients grow by 1 / rounding on their way, and arithmetic with such numbers is slow.
+        The weights of far fewer or far more hops than are likely go down to η^n. Rounding squared leaves no trace, even
+        in a graph where gradients grow by 1 / rounding on their way, and arithmetic with numbers so small is slow.
         """
-        pairs = [(float(c), float(d)) for c, d in zip(self.initial, self.source, strict=True)]
-        while len(pairs) > 1 and max(map(abs, pairs[-1])) < VANISHING:
+        pairs = [(_unless_vanishing(c), _unless_vanishing(d)) for c, d in zip(self.initial, self.source, strict=True)]
+        while len(pairs) > 1 and pairs[-1] == (0, 0):
             pairs.pop()
         return pairs
 
@@ -66,6 +66,10 @@ class Hops:
     def largest(self) -> float:
         """``max_k |c_k|``."""
         return float(np.abs(self.initial).max(initial=0))
+
+
+def _unless_vanishing(weight: float) -> float:
+    return float(weight) if abs(weight) >= VANISHING else 0.0
 
 
 @lru_cache(maxsize=1024)

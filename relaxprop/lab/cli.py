@@ -358,10 +358,8 @@ def gradients(
             progress.update(task, description=f"{name}: asynchronous")
             curves.append(graphs.asynchronous(name, step_size=step_size))
             progress.advance(task)
-    cells = graphs.table(comparisons)
-    for title, columns in (("largest error", slice(2, 9)), ("time", slice(9, None))):
-        rows = [(name, *row[columns]) for name, row in zip(names, cells, strict=True)]
-        _print_table(title, (graphs.COLUMNS[0], *graphs.COLUMNS[columns]), rows)
+    for title, columns, rows in graphs.tables(comparisons):
+        _print_table(title, columns, [(name, *row[1:]) for name, row in zip(names, rows, strict=True)])
     for note in graphs.notes(step_size):
         console.print(note, soft_wrap=True, highlight=False)
     paths = graphs.write_comparisons(comparisons, step_size, out, _command())

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,28 +160,45 @@ def _has_vertices(model: nn.Module, vertices: Any) -> bool:
     return True
 
 
-COLUMNS = (
-    "architecture", "parameters", "vertices", "depth", "steps",
-    "error: Equilibrium", "ClosedForm", "Euler", "asynchronous",
-    "cost: Equilibrium", "ClosedForm", "Euler",
-    "recording: activations", "operations",
-)  # fmt: skip
+class NamedTable(NamedTuple):
+    """A table for the terminal or a document."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
 
 
-def table(comparisons: Sequence[Comparison]) -> list[tuple[str, ...]]:
-    """The cells under ``COLUMNS``."""
+def tables(comparisons: Sequence[Comparison]) -> list[NamedTable]:
+    """Errors and times, by architecture."""
+    solvers = tuple(comparisons[0].errors)
+    timed = tuple(comparisons[0].costs)
+    recorded = ("activations", "operations")
     return [
-        (
-            c.title,
-            f"{c.parameters:,}",
-            str(c.vertices),
-            str(c.depth),
-            str(c.steps),
-            *(f"{e:.0e}" for e in c.errors.values()),
-            *(f"{cost:.3g}×" for cost in c.costs.values()),
-            *(f"{c.recording[v]:.2f}×" if v in c.recording else "" for v in ("activations", "operations")),
-        )
-        for c in comparisons
+        NamedTable(
+            "error",
+            ("architecture", "parameters", "vertices", "depth", "steps", *solvers),
+            [
+                (
+                    c.title,
+                    f"{c.parameters:,}",
+                    *map(str, (c.vertices, c.depth, c.steps)),
+                    *(f"{c.errors[solver]:.0e}" for solver in solvers),
+                )
+                for c in comparisons
+            ],
+        ),
+        NamedTable(
+            "time",
+            ("architecture", *timed, *(f"recording {vertices}" for vertices in recorded)),
+            [
+                (
+                    c.title,
+                    *(f"{c.costs[solver]:.3g}×" for solver in timed),
+                    *(f"{c.recording[v]:.2f}×" if v in c.recording else "" for v in recorded),
+                )
+                for c in comparisons
+            ],
+        ),
     ]
 
 
@@ -193,9 +210,10 @@ def notes(step_size: float) -> tuple[str, ...]:
         f"steps: of size {step_size:g}, planned with steps_to_converge(depth, {step_size:g}, {TOLERANCE:g}); twice as "
         "many as its own plan in the asynchronous order, where each vertex updates in a random half of the steps",
         "error: largest distance of a parameter's gradient to backpropagation's relative to its norm, in float64",
-        "cost: time of forward pass, relaxation phase and gradients relative to backpropagation's, in float32, median "
+        "time: of forward pass, relaxation phase and gradients relative to backpropagation's, in float32, median "
         "of interleaved rounds (Euler: one round)",
-        "recording: time of a forward pass that is recorded relative to a plain one's",
+        "recording: time of a forward pass that is recorded, the results of activation modules or of all operations as "
+        "vertices, relative to a plain one's",
     )
 
 
@@ -313,7 +331,8 @@ def _costs_at_depth(
 
 def write_comparisons(comparisons: Sequence[Comparison], step_size: float, folder: Path, command: str) -> list[Path]:
     """Writes the table of gradients and what it was made from."""
-    text = markdown_table(COLUMNS, table(comparisons)) + "\n" + "".join(f"* {note}\n" for note in notes(step_size))
+    text = "\n".join(markdown_table(table.columns, table.rows) for table in tables(comparisons))
+    text += "\n" + "".join(f"* {note}\n" for note in notes(step_size))
     write_atomically(folder / "table.md", text)
     content = {
         "command": command,

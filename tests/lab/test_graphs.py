@@ -65,10 +65,11 @@ def test_a_comparison_and_its_table() -> None:
     assert found.costs.keys() == {"Equilibrium", "ClosedForm", "Euler"}
     assert found.recording.keys() == {"operations"}  # it has no activation modules
     assert all(cost > 0 for cost in (*found.costs.values(), *found.recording.values()))
-    (row,) = graphs.table([found])
-    assert len(row) == len(graphs.COLUMNS)
-    assert row[2:5] == ("12", "7", str(found.steps))
-    assert row[-2] == ""
+    errors, times = graphs.tables([found])
+    for table in (errors, times):
+        assert [len(row) for row in table.rows] == [len(table.columns)]
+    assert errors.rows[0][2:5] == ("12", "7", str(found.steps))
+    assert times.rows[0][-2] == ""
 
 
 def test_an_asynchronous_relaxation_converges_whatever_is_drawn(tmp_path: Path) -> None:
