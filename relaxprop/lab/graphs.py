@@ -260,6 +260,7 @@ class DepthCost(BaseModel):
 PAPERS = "100 steps of 0.1"
 ENOUGH = 1e-3  # weight of the initial state that may be left where the number of steps follows the depth
 PLANNED = f"enough steps of {STEP_SIZE:g}"
+TO_ROUNDING = f"steps of {STEP_SIZE:g} to rounding"
 
 
 def cost_by_depth(
@@ -280,6 +281,7 @@ def cost_by_depth(
             f"Euler, {PAPERS}": Euler(0.1, 100),
             f"ClosedForm, {PLANNED}": ClosedForm(STEP_SIZE, enough),
             f"Euler, {PLANNED}": Euler(STEP_SIZE, enough),
+            f"ClosedForm, {TO_ROUNDING}": ClosedForm(STEP_SIZE, steps_to_converge(depth, STEP_SIZE, ROUNDING / 2)),
         }
         found += _costs_at_depth(depth, solvers, width, batch_size, rounds)
         on_depth()
@@ -366,7 +368,7 @@ def write_depths(costs: Sequence[DepthCost], about: str, folder: Path, command: 
             str(c.transports),
             f"{c.milliseconds:.1f}",
             f"{c.ratio:.1f}×",
-            "none: as Equilibrium" if c.converged else f"{100 * c.remaining:.2g} %",
+            "none: as Equilibrium" if c.converged else f"{100 * c.remaining:.3g} %",
         )
         for c in costs
     ]

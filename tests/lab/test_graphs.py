@@ -91,7 +91,7 @@ def test_the_cost_of_depth(tmp_path: Path) -> None:
     finished: list[bool] = []
     costs = graphs.cost_by_depth([2, 5], width=4, batch_size=2, rounds=2, on_depth=lambda: finished.append(True))
     assert len(finished) == 2
-    assert [c.depth for c in costs] == [2] * 5 + [5] * 5
+    assert [c.depth for c in costs] == [2] * 6 + [5] * 6
     by_name = {(c.depth, c.solver): c for c in costs}
     for depth in (2, 5):
         assert by_name[depth, "Equilibrium"].converged
@@ -103,6 +103,9 @@ def test_the_cost_of_depth(tmp_path: Path) -> None:
         planned = by_name[depth, f"Euler, {graphs.PLANNED}"]
         assert planned.num_steps == steps_to_converge(depth, graphs.STEP_SIZE, graphs.ENOUGH)
         assert planned.remaining <= graphs.ENOUGH
+        converged = by_name[depth, f"ClosedForm, {graphs.TO_ROUNDING}"]
+        assert converged.converged
+        assert converged.transports == 1
     written = graphs.write_depths(costs, "about", tmp_path, "command")
     assert {p.name for p in written} == {"table.md", "depth.json", "depth.png"}
-    assert (tmp_path / "table.md").read_text().count("none: as Equilibrium") == 2
+    assert (tmp_path / "table.md").read_text().count("none: as Equilibrium") == 4
