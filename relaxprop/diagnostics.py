@@ -124,7 +124,8 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
 
     A vertex with h vertices below it on the longest path to the output is reached by ``A^k x̄`` for k ≤ h, so there are
     left ``Σ_{k≤h} |c_k|`` (in expectation where the order is asynchronous): 0 is the exact gradient, 1 the initial
-    state. The number depends on the schedule and the graph alone. Where activities are larger than gradients the error
+    state. A clamped output starts at its gradient: it has 0 and does not count as one of those below. The number
+    depends on the schedule and the graph alone. Where activities are larger than gradients the error
     relative to the gradient is larger than this weight by as much: `convergence` measures that one.
 
     Args:
@@ -132,7 +133,7 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
         inputs: the model's arguments.
 
     Returns:
-        By the vertex's name, those next to the output first. The largest is ``Relaxation.remaining``.
+        By the vertex's name, those next to the output first.
 
     Raises:
         TypeError: ``model`` is not wrapped.
@@ -146,8 +147,11 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
         )
     with undisturbed(model), torch.enable_grad():
         recording = model._recorder.record(model.module, model.vertices, inputs)
-    weights = np.cumsum(np.abs(model.solver.hops(recording.graph.depth).initial))
-    return {v.name: float(w) for level, w in zip(recording.graph.levels(), weights, strict=True) for v in level}
+    graph = recording.graph
+    held = graph.held(graph.outputs)
+    weights = np.cumsum(np.abs(model.solver.hops(graph.depth).initial))
+    nearest_first = sorted(graph.heights(held).items(), key=lambda item: (item[0] not in held, item[1]))
+    return {v.name: 0.0 if v in held else float(weights[height]) for v, height in nearest_first}
 
 
 @dataclass(frozen=True)

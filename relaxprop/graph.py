@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -161,18 +161,33 @@ class Graph:
         self.vertices = sorted([place for place in self._inputs if type(place) is Vertex], key=_upstream)
         self.depth = self.vertices[-1].upstream + 1 if self.vertices else 0
 
-    def levels(self) -> list[list[Vertex]]:
-        """The vertices by height: how many vertices are below them on the longest path to the output."""
+    def heights(self, uncounted: Collection[Vertex] = ()) -> dict[Vertex, int]:
+        """How many vertices are below each vertex on the longest path to the output."""
         height = dict.fromkeys(self._upstream, 0)
-        levels: list[list[Vertex]] = [[] for _ in range(self.depth)]
+        found: dict[Vertex, int] = {}
         for place in reversed(self._upstream):
             longest = height[place]
             if type(place) is Vertex:
-                levels[longest].append(place)
-                longest += 1
+                found[place] = longest
+                longest += place not in uncounted
             for above in self._inputs[place]:
                 height[above] = max(height[above], longest)
+        return found
+
+    def levels(self) -> list[list[Vertex]]:
+        """The vertices by height."""
+        levels: list[list[Vertex]] = [[] for _ in range(self.depth)]
+        for vertex, height in self.heights().items():
+            levels[height].append(vertex)
         return levels
+
+    def held(self, outputs: Sequence[Tensor]) -> list[Vertex]:
+        """The vertices that are an output themselves and that no other reads: clamped, they stay at ∂L/∂x^L."""
+        ends = {id(output) for output in outputs} if self.clamped else set()
+        if not (found := [v for v in self.vertices if id(v.leaf) in ends]):
+            return []
+        read = {above for inputs in self._inputs.values() for above in inputs}
+        return [v for v in found if v not in read]
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
@@ -204,12 +219,7 @@ class Graph:
         states = {v: _at_least_float32(v.leaf.detach()) for v in self.vertices}
         if self.masked:
             states = {v: _within_range(x) for v, x in states.items()}
-        if self.clamped:
-            ends = {id(output) for output, _ in self._driven(self.stored)}
-            if held := [v for v in self.vertices if id(v.leaf) in ends]:
-                read = {above for inputs in self._inputs.values() for above in inputs}
-                states |= {v: self.source()[v] for v in held if v not in read}
-        return states
+        return states | {v: self.source()[v] for v in self.held([output for output, _ in self._driven(self.stored)])}
 
     def transport(
         self, states: States, onto: Sequence[Vertex] | None = None, at: Linearisation | None = None

@@ -10,6 +10,7 @@ Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -41,7 +42,8 @@ class EachOperation(TorchFunctionMode):
 
     def __enter__(self) -> EachOperation:
         self._eager = ExitStack()
-        self._eager.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take a second
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
         self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
         self._in_function = False
         super().__enter__()  # type: ignore[no-untyped-call]

@@ -156,12 +156,7 @@ class ActivationRelaxation(nn.Module):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         find_vertices(module, vertices)
-        if isinstance(vertices, str) and vertices == "operations" and frozen.splits_update:
-            raise ValueError(
-                "vertices='operations' has a vertex between each weight and the nonlinearity that follows, so no "
-                f"update reads both a derivative and a presynaptic activity, and frozen={frozen} has no meaning there: "
-                "freeze or unfreeze update_derivative and update_activity together, or pass vertices='activations'"
-            )
+        check_update(vertices, frozen)
         self.module = module
         self.solver = solver
         self.vertices = vertices
@@ -233,6 +228,20 @@ class ActivationRelaxation(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dictionary of the module's own kind."""
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def check_update(vertices: Granularity | Iterable[nn.Module], frozen: Frozen) -> None:
+    """Refuse an update whose factors are taken at different activities where no update has both factors.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if isinstance(vertices, str) and vertices == "operations" and frozen.splits_update:
+        raise ValueError(
+            "vertices='operations' has a vertex between each weight and the nonlinearity that follows, so no update "
+            f"reads both a derivative and a presynaptic activity, and frozen={frozen} has no meaning there: freeze or "
+            "unfreeze update_derivative and update_activity together, or pass vertices='activations'"
+        )
 
 
 def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -57,8 +57,8 @@ class Relaxation:
         num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
         transports: products with A that were made; a sweep counts as one, as it visits every edge once.
         remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
-            the order is asynchronous). 0: the states are the gradient. None where the relaxation's derivative is not
-            frozen: the states are no weighted sum then.
+            the order is asynchronous; at most so much where the output is a vertex). 0: the states are the gradient.
+            None where the relaxation's derivative is not frozen: the states are no weighted sum then.
         converged: whether ``remaining`` is below the rounding of the states' type or, for `Euler` with a
             tolerance, whether the tolerance was reached; None where neither is known.
         residuals: by vertex name, ``‖A x + s − x‖ / ‖A x + s‖`` in the final state; None unless asked for with
@@ -223,7 +223,7 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
 
 @dataclass(frozen=True)
 class ClosedForm(_Linear):
-    """The states after ``num_steps`` Euler steps, to rounding, in D − 1 products with A (D: the graph's depth).
+    """The states after ``num_steps`` Euler steps, to rounding, in at most D − 1 products with A (D: the graph's depth).
 
     Where nothing of the initial state is left, one reverse sweep replaces them.
 

@@ -973,7 +973,8 @@ def test_diagnostics_know_operations(name: str) -> None:
     assert model.last_relaxation is not None
     weights = certificate(model, x34())
     assert len(weights) == model.last_relaxation.vertices
-    assert max(weights.values()) == pytest.approx(model.last_relaxation.remaining, rel=1e-12)
+    assert model.last_relaxation.remaining is not None
+    assert max(weights.values()) <= model.last_relaxation.remaining  # an output that is a vertex is not counted
     for below, above in pairwise(list(weights.values())):
         assert below <= above
     curves = convergence(model, loss_of, x34())

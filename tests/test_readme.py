@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from relaxprop.lab import graphs
+from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.bench import Benchmark, markdown
 from relaxprop.lab.cli import app
 
@@ -45,9 +48,13 @@ def test_the_commands_exist_with_their_options(line: str) -> None:
 
 
 def test_the_tables_are_the_kept_results() -> None:
-    for figure in ("figure1", "figure3", "figure1-b"):
-        written = (ROOT / "results" / figure / "table.md").read_text(encoding="utf-8")
-        assert written.partition("\n\n")[0] in README
+    figures = ("figure1", "figure3", "figure1-b", "figure2", "appendix-c-svhn", "appendix-c-cifar100")
+    for folder in (*figures, *(f"graphs/{name}" for name in ("docstrings", "cifar10"))):
+        written = (ROOT / "results" / folder / "table.md").read_text(encoding="utf-8")
+        assert written.partition("\n\n")[0] in README, folder
+    errors, times, _ = (ROOT / "results" / "gradients" / "table.md").read_text(encoding="utf-8").split("\n\n")
+    assert errors in README
+    assert times in README
     benchmark = Benchmark.model_validate_json((ROOT / "results" / "bench-mlp.json").read_text())
     assert markdown(benchmark) in README
 
@@ -61,6 +68,34 @@ def test_the_learning_curves_numbers_are_the_kept_results() -> None:
         f"backpropagation {theirs[0]}, {theirs[1]} and {theirs[2]} %."
     )
     assert sentence in " ".join(README.split())
+
+
+def kept(path: str) -> Any:
+    return json.loads((ROOT / "results" / path).read_text(encoding="utf-8"))
+
+
+def test_every_architectures_gradients_are_within_the_bound() -> None:
+    gradients = kept("gradients/gradients.json")
+    assert len(gradients["comparisons"]) == len(ARCHITECTURES)
+    for comparison in gradients["comparisons"]:
+        assert len(comparison["errors"]) == 4
+        assert all(error <= gradients["bound"] == 1e-10 for error in comparison["errors"].values())
+
+
+def test_the_closed_form_is_faster_than_its_steps_at_every_depth() -> None:
+    ratios = {(c["depth"], c["solver"]): c["ratio"] for c in kept("depth/depth.json")["costs"]}
+    assert {depth for depth, _ in ratios} == set(graphs.DEPTHS)
+    for depth in graphs.DEPTHS:
+        for steps in (graphs.PAPERS, graphs.PLANNED):
+            assert ratios[depth, f"ClosedForm, {steps}"] < ratios[depth, f"Euler, {steps}"]
+
+
+def test_the_cnns_aims_are_met_as_the_readme_says() -> None:
+    costs = {c["rule"]: c for c in kept("bench-cnn.json")["costs"]}
+    closed, euler = costs["ClosedForm(0.1, 100)"], costs["Euler(0.1, 100)"]
+    for number in (costs["Equilibrium()"]["time_ratio"], closed["time_ratio"], closed["memory_ratio"]):
+        assert f"{number:.2f}×" in README
+    assert f"a {round(euler['time_ratio'] / closed['time_ratio'])}th of `Euler`'s time" in " ".join(README.split())
 
 
 def test_links_lead_somewhere() -> None:

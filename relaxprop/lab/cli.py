@@ -26,7 +26,7 @@ from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
-from relaxprop.lab.models import ModelError, ModelName
+from relaxprop.lab.models import ModelError, ModelName, PapersModel
 from relaxprop.lab.records import (
     SOLVERS,
     EpochMetrics,
@@ -63,7 +63,8 @@ class Quantity(StrEnum):  # Typer knows lists of an enumeration, not of literals
 
 DATA_HELP = f"{', '.join(DATASETS)}, or the name of your own folder in --data-dir."
 DatasetOption = Annotated[str, typer.Option(metavar="NAME", help=DATA_HELP)]
-ModelOption = Annotated[ModelName, typer.Option(help="The paper's network.")]
+ModelOption = Annotated[ModelName, typer.Option(help="The network: the paper's, or a small one of another kind.")]
+PapersModelOption = Annotated[PapersModel, typer.Option(help="The paper's network.")]
 DataDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -184,15 +185,20 @@ def train(
     console.print(f"test accuracy {accuracy:.2f} % after {epochs} epochs; the run is in {path}", soft_wrap=True)
 
 
+def _defaults(field: str) -> str:
+    """Of the experiments, for a help text."""
+    return ", ".join(f"{name}: {getattr(e, field)}" for name, e in figures.EXPERIMENTS.items())
+
+
 @app.command()
 def reproduce(
     figure: Annotated[
         FigureName, typer.Argument(help="; ".join(f"{name}: {e.title}" for name, e in figures.EXPERIMENTS.items()))
     ],
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help=f"{DATA_HELP} (default: the figure's)")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. (default: 3 for demo, else 10)")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help=f"Number of seeds. ({_defaults('seeds')})")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training data. (default: 8 for demo, else 30)")
+        int | None, typer.Option(min=1, help=f"Passes over the training data. ({_defaults('epochs')})")
     ] = None,
     condition: Annotated[
         list[str] | None,
@@ -211,12 +217,12 @@ def reproduce(
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures.
 
-    Backpropagation, Activation Relaxation, and Activation Relaxation under each of the paper's conditions.
+    Backpropagation, Activation Relaxation, and Activation Relaxation under each of the experiment's conditions.
     """
     experiment = figures.EXPERIMENTS[figure]
     names = [dataset] if dataset else list(experiment.conditions)
     for name in names:
-        with _usage_errors("--condition"):
+        with _usage_errors("reproduce"):
             figures.condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
     loaded = {name: data.load(name, data_dir) for name in names}  # all, before anything is computed
     for name in names:
@@ -287,7 +293,7 @@ def _reproduce(
 @app.command()
 def convergence(
     dataset: DatasetOption = "digits",
-    model: ModelOption = "mlp",
+    model: PapersModelOption = "mlp",
     step_size: Annotated[
         list[float] | None, typer.Option(help="η in (0, 2); repeat it for several. (default: 0.05 0.1 0.2 0.5)")
     ] = None,
@@ -341,7 +347,7 @@ def gradients(
 ) -> None:
     """Compare the gradients of many architectures with backpropagation's, every operation a vertex that relaxes."""
     with _usage_errors("--step-size"):
-        check_step_size(step_size)
+        graphs.planned(depth=1, step_size=step_size)
     names = architecture or list(ARCHITECTURES)
     if unknown := [name for name in names if name not in ARCHITECTURES]:
         raise typer.BadParameter(
@@ -419,7 +425,7 @@ def show(
         shown.add_column("vertex")
         shown.add_column("left", justify="right")
         for vertex, left in reversed(kept.certificate.items()):
-            shown.add_row(vertex, f"{100 * left:.2g} %")
+            shown.add_row(vertex, f"{100 * left:.3g} %")
         console.print()
         console.print(shown)
     if kept.locality is not None:
@@ -429,7 +435,7 @@ def show(
 
 @app.command()
 def bench(
-    model: ModelOption = "mlp",
+    model: PapersModelOption = "mlp",
     rounds: Annotated[int, typer.Option(min=2, help="Training steps of each rule.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
     device: DeviceOption = "cpu",
@@ -526,7 +532,7 @@ def _run_config(
         kind(**solver_options)
     except (TypeError, ValueError) as error:  # its first word is the option's name
         raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0].replace('_', '-')}") from error
-    with _usage_errors("--solver"):
+    with _usage_errors("--solver or --vertices"):
         return RunConfig(solver_options=solver_options, **values)
 
 

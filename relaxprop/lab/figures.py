@@ -22,7 +22,7 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engine import FinishedRun
-from relaxprop.lab.models import Dropped, ModelName, Part
+from relaxprop.lab.models import Dropped, ModelName, PapersModel, Part
 from relaxprop.lab.records import (
     AlignmentSample,
     EpochMetrics,
@@ -114,7 +114,7 @@ class Experiment:
 # the initial state at depth 60, and the closed form is one sweep.
 OPERATIONS = {"vertices": "operations", "solver_options": {"step_size": 0.5, "num_steps": 300}}
 TRANSFORMER = {"model": "transformer", "loss": "cross-entropy", "optimizer": "adam", "learning_rate": 1e-3}
-RESNET = {"model": "resnet", "loss": "cross-entropy", "optimizer": "adam", "learning_rate": 1e-3}
+RESNET = TRANSFORMER | {"model": "resnet"}
 
 EXPERIMENTS: dict[FigureName, Experiment] = {
     "demo": Experiment("every condition on scikit-learn's digits", {"digits": UNFROZEN}, seeds=3, epochs=8),
@@ -155,6 +155,8 @@ def condition_runs(
     """
     values = {"model": experiment.model, "dataset": dataset, "data": data, "epochs": epochs}
     values |= {"alignment_every": alignment_every} | dict(experiment.settings.get(dataset, {}))
+    if experiment.settings and dataset not in experiment.settings:
+        raise ValueError(f"dataset must be one of {', '.join(experiment.settings)} in this experiment, got {dataset!r}")
     conditions = experiment.of(dataset)
     if unknown := [name for name in only if name not in conditions]:
         raise ValueError(f"condition must be one of {', '.join(conditions)}, got {unknown[0]!r}")
@@ -202,7 +204,7 @@ class Mean:
 def mean_over_seeds(values: Sequence[float]) -> Mean:
     """Mean and standard error ``s / √n``."""
     n = len(values)
-    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 and all(map(math.isfinite, values)) else math.nan
     return Mean(statistics.fmean(values), error, n)
 
 
@@ -419,7 +421,7 @@ def _chance(dataset: Dataset) -> float:
 def convergence_by_step_size(
     dataset: Dataset,
     *,
-    model: ModelName = "mlp",
+    model: PapersModel = "mlp",
     step_sizes: Sequence[float] = STEP_SIZES,
     num_steps: int = 100,
     order: Order = "simultaneous",

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from relaxprop.derivatives import drop_derivatives
 from relaxprop.feedback import FeedbackRule, use_feedback
 from relaxprop.lab.data import Dataset
 
-ModelName = Literal["mlp", "cnn", "cnn-as-coded", "resnet", "transformer"]
+PapersModel = Literal["mlp", "cnn", "cnn-as-coded"]
+ModelName = Literal[PapersModel, "resnet", "transformer"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-LIBRARY = ("resnet", "transformer")  # with initial weights of its own
 Part = Literal["all", "convolutional", "fully_connected"]
 Dropped = Literal["both", "relaxation", "update"]
 
@@ -62,7 +62,7 @@ def build(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = _network(name, dataset)
-        if name not in LIBRARY:
+        if name in get_args(PapersModel):
             torch.manual_seed(seed)  # whatever PyTorch's own initialisation has drawn
             _initialise(model)
         # The backwards weights go on in the same stream: seeded anew, they would be the weights once more.
@@ -77,6 +77,9 @@ def build(
 def _network(name: str, dataset: Dataset) -> nn.Module:
     classes = len(dataset.classes)
     if name == "resnet":
+        if min(dataset.image_shape[1:]) < 17:  # else the last block's normalisation sees one pixel
+            height, width = dataset.image_shape[1:]
+            raise ModelError(f"the resnet needs images of at least 17×17 pixels, got {height}×{width}")
         return _Logits(resnet(dataset.image_shape[0], classes, (16, 32, 64), (1, 1, 1)))
     if name == "transformer":
         return _Logits(gpt2(classes, dataset.train.images.shape[1], width=64, layers=2, heads=4))
@@ -123,13 +126,14 @@ def gpt2(vocabulary: int, length: int, *, width: int, layers: int, heads: int) -
     """A decoder-only transformer with tied embeddings (Radford et al., 2019), its attention written out."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    options: dict[str, Any] = {
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False, "bos_token_id": 0,
+        "eos_token_id": 0, "attn_implementation": "eager",  # scores, mask, softmax and sum are operations of their own
+    }  # fmt: skip
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    model.set_attn_implementation("eager")  # scores, mask, softmax and sum are operations of their own
-    return model
+        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=heads, **options
+    )
+    return GPT2LMHeadModel(config)
 
 
 def memory_format(name: str) -> torch.memory_format:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -66,7 +67,9 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 1.2), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     layers = list(dict.fromkeys(_layer(n) for c in curves.values() for n in c.gradients if n.endswith(".weight")))
-    colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
+    few = len(layers) <= len(COLOURS)
+    shades = COLOURS if few else colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
+    colours = dict(zip(layers, shades, strict=False))
     for axes, (title, (gradients, feedback)) in zip(panels, curves.items(), strict=False):
         for style, by_name in (("-", gradients), ("--", feedback)):
             for name, curve in by_name.items():
@@ -84,7 +87,10 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
     for axes in panels[: len(curves)]:
         axes.set(xlabel="epochs", ylabel="cosine")
         axes.label_outer()
-    lines = [Line2D([], [], color=colours[layer], label=layer) for layer in layers]
+    # Many layers have shades from the first to the last.
+    lines = [
+        Line2D([], [], color=colours[layer], label=layer) for layer in (layers if few else layers[:: len(layers) - 1])
+    ]
     lines += [Line2D([], [], color="black", label="gradient to backpropagation's")]
     if any(c.feedback for c in curves.values()):
         lines += [Line2D([], [], color="black", linestyle="--", label="backwards weights to weights")]
@@ -128,7 +134,7 @@ def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) ->
     return _save(figure, path)
 
 
-def asynchronous_curves(curves: Sequence[Asynchronous], rounding: float, title: str, path: Path) -> Path:
+def asynchronous_curves(curves: Sequence[Asynchronous], title: str, path: Path) -> Path:
     """Error against expected updates per vertex; a panel for each architecture, a line for each seed."""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
@@ -138,7 +144,7 @@ def asynchronous_curves(curves: Sequence[Asynchronous], rounding: float, title: 
         for i, errors in enumerate(curve.errors):
             axes.plot(curve.updates, errors, color=COLOURS[i % len(COLOURS)], linewidth=1, label=f"seed {i}")
         axes.axvline(curve.depth, color="grey", linewidth=0.8, linestyle="--")
-        axes.axhline(rounding, color="grey", linewidth=0.8, linestyle=":")
+        axes.axhline(ROUNDING, color="grey", linewidth=0.8, linestyle=":")
         axes.set_title(f"{curve.architecture} (depth {curve.depth})", fontsize="medium")
         axes.set(yscale="log", xlabel="expected updates per vertex", ylabel="" if place % columns else "error")
         axes.grid(alpha=0.3)

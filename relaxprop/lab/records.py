@@ -5,7 +5,7 @@
                     locality.json          what every update reads, where the rule is Activation Relaxation
                     certificate.json       what the relaxation phase leaves of the initial state, by vertex
                     metrics.jsonl          a line per epoch
-                    checkpoint.safetensors the weights after the last epoch that is finished
+                    checkpoint.safetensors the weights and the optimiser's state after the last epoch that is finished
 
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
 """
@@ -33,6 +33,7 @@ from relaxprop.frozen import Frozen
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.locality import Locality
 from relaxprop.recording import Granularity
+from relaxprop.relaxation import check_update
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
 
 Rule = Literal["ar", "backprop"]
@@ -123,6 +124,7 @@ class RunConfig(BaseModel):
             return values
         solver = kind(**values.get("solver_options", {}))
         check_solves(solver, frozen)
+        check_update(values.get("vertices", "activations"), frozen)
         parts = values.get("feedback", {})
         if isinstance(parts, dict):  # their order is that of the random draws
             parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}
@@ -225,16 +227,19 @@ class Record:
             text = _CERTIFICATE.dump_json(certificate, indent=2).decode() + "\n"
             write_atomically(self.path / "certificate.json", text)
 
-    def load_weights(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """The weights and the optimiser's state after the last finished epoch."""
         tensors = load_file(self.path / "checkpoint.safetensors")
-        model.load_state_dict({k: x for k, x in tensors.items() if not k.startswith(_OPTIMIZER)})
-        if optimizer is not None:
-            state: dict[int, dict[str, Tensor]] = {}
-            for key in tensors.keys() & {k for k in tensors if k.startswith(_OPTIMIZER)}:
+        weights: dict[str, Tensor] = {}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(_OPTIMIZER):
                 index, name = key.removeprefix(_OPTIMIZER).split(".")
-                state.setdefault(int(index), {})[name] = tensors[key]
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+                state.setdefault(int(index), {})[name] = tensor
+            else:
+                weights[key] = tensor
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
     def save(self, metrics: list[EpochMetrics], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keeps a finished epoch."""

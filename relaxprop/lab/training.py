@@ -62,7 +62,7 @@ def train(
     model.to(device)
     optimizer = OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
     if record is not None and metrics:
-        record.load_weights(model, optimizer)
+        record.load_state(model, optimizer)
     dataset = dataset.to(device, models.memory_format(config.model))
     trained: nn.Module = model
     if config.rule == "ar":

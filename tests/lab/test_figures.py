@@ -25,6 +25,12 @@ def test_mean_and_standard_error() -> None:
     assert str(single) == "50.00"
 
 
+def test_what_is_not_a_number_has_no_error() -> None:
+    mean = figures.mean_over_seeds([math.nan, 0.5])
+    assert math.isnan(mean.mean)
+    assert math.isnan(mean.standard_error)
+
+
 def test_confidence_interval() -> None:
     # t(0.975, 2) = 4.3027 by any table.
     low, high = figures.mean_over_seeds([0.90, 0.92, 0.97]).interval

@@ -26,7 +26,7 @@ def test_every_solver_reaches_backpropagations_gradient(name: str) -> None:
 
 @every_architecture
 def test_a_relaxation_that_is_stopped_early_is_not_there_yet(name: str) -> None:
-    """The error is no constant of the measurement: the default's 100 steps of 0.1 and two steps leave a transient."""
+    """The error is no constant of the measurement."""
     problem = build(name, small=True).to(torch.float64)
     assert graphs.error(problem, ClosedForm(0.5, 2)) > 1e-3
 
@@ -40,8 +40,7 @@ def test_the_errors_are_those_of_gradients_taken_by_hand(name: str) -> None:
     problem.model.zero_grad()
     problem.loss(problem.model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
     exact = {n: p.grad for n, p in problem.model.named_parameters() if p.grad is not None}
-    largest = max(g.norm() for g in exact.values())
-    distances = [float((relaxed[n] - g).norm() / g.norm()) for n, g in exact.items() if g.norm() > 1e-10 * largest]
+    distances = [float((relaxed[n] - g).norm() / g.norm()) for n, g in exact.items()]
     assert graphs.error(problem, ClosedForm(0.5, 10)) == pytest.approx(max(distances), rel=1e-6)
 
 

@@ -125,11 +125,14 @@ def test_on_other_graphs_training_is_backpropagation(
     assert not (run / "locality.json").exists()
 
 
-@pytest.mark.parametrize("model", ["transformer", "mlp"])
-def test_adam_resumes_to_identical_metrics(digits: Dataset, text: Dataset, tmp_path: Path, model: str) -> None:
-    """With its moments; and tied weights stay tied."""
-    dataset = text if model == "transformer" else digits
-    config = small(4, model=model, rule="backprop", **OTHER)
+@pytest.mark.parametrize("rule", ["ar", "backprop"])
+@pytest.mark.parametrize("model", ["transformer", "mlp", "cnn", "resnet"])
+def test_adam_resumes_to_identical_metrics(
+    digits: Dataset, text: Dataset, pictures: Dataset, tmp_path: Path, model: str, rule: str
+) -> None:
+    """With its moments, batch norm's statistics, channels innermost; and tied weights stay tied."""
+    dataset = {"transformer": text, "mlp": digits}.get(model, pictures)
+    config = small(4, model=model, rule=rule, **OTHER)
 
     def interrupt(metrics: EpochMetrics) -> None:
         if metrics.epoch == 2:
@@ -147,6 +150,10 @@ def test_what_does_not_fit_together_is_refused(digits: Dataset, text: Dataset, p
         train(small(1, **OTHER), text)
     with pytest.raises(ModelError, match=r"docstrings has a label at every place.*cross-entropy"):
         train(small(1, model="transformer"), text)
+    with pytest.raises(ModelError, match="at least 17×17 pixels, got 8×8"):
+        train(small(1, model="resnet", **OTHER), digits)
+    with pytest.raises(ValidationError, match="freeze or unfreeze update_derivative and update_activity together"):
+        small(vertices="operations", frozen={"update_activity": False})
     switches = [{}, {"loss": "cross-entropy"}, {"optimizer": "adam"}, {"vertices": "operations"}]
     assert len({small(1, **switch).id for switch in switches}) == 4
     assert small(rule="backprop", vertices="operations") == small(rule="backprop")
@@ -344,7 +351,7 @@ def test_what_a_run_leaves(digits: Dataset, tmp_path: Path) -> None:
     assert environment["torch"] == torch.__version__
     assert environment["processor"]
     model = build("mlp", digits, seed=0)
-    Record(config, tmp_path).load_weights(model)
+    Record(config, tmp_path).load_state(model, torch.optim.SGD(model.parameters()))
     (metrics,) = Record(config, tmp_path).open()
     assert accuracy(model, digits.test) == metrics.test_accuracy
 
