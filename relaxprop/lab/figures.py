@@ -351,7 +351,7 @@ def write_conditions(
     for name, text in files.items():
         write_atomically(folder / name, text)
     curves = {_label(row): row.accuracies for row in rows}
-    title = f"{experiment.title}: {about}"
+    title = f"{experiment.title}\n{about}"
     figure = plots.learning_curves(curves, BASELINES[BASELINE].title, title, folder / "accuracy.png")
     paths = [*(folder / name for name in files), figure]
     if measured := alignment_curves(names, runs):

@@ -30,7 +30,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: 
     others = [name for name in curves if name != baseline]
     columns = min(3, len(others))
     rows = math.ceil(len(others) / columns)
-    figure = Figure(figsize=(3.6 * columns, 3 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(_width(columns), 3 * rows + 1), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(panels, others, strict=False):
         # Equal curves lie on one another: the later one is dashed and its marks are smaller, so that both show.
@@ -56,7 +56,7 @@ def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: 
         lines, [baseline, "the panel's condition"], loc="outside lower center", ncols=2,
         title="mean over seeds, bars: standard error",
     )  # fmt: skip
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     return _save(figure, path)
 
 
@@ -64,7 +64,7 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
     """Cosines to backpropagation's gradient and of backwards weights to weights; a panel for each condition."""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.8 * rows + 1.2), layout="constrained")
+    figure = Figure(figsize=(_width(columns), 2.8 * rows + 1.2), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     layers = list(dict.fromkeys(_layer(n) for c in curves.values() for n in c.gradients if n.endswith(".weight")))
     few = len(layers) <= len(COLOURS)
@@ -95,7 +95,10 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
     if any(c.feedback for c in curves.values()):
         lines += [Line2D([], [], color="black", linestyle="--", label="backwards weights to weights")]
     figure.legend(
-        handles=lines, loc="outside lower center", ncols=columns, title="mean over seeds, band: standard error"
+        handles=lines,
+        loc="outside lower center",
+        ncols=min(3, len(lines)),
+        title="mean over seeds, band: standard error",
     )
     figure.suptitle("alignment with backpropagation\n" + about, fontsize="medium")
     return _save(figure, path)
@@ -138,7 +141,7 @@ def asynchronous_curves(curves: Sequence[Asynchronous], title: str, path: Path) 
     """Error against expected updates per vertex; a panel for each architecture, a line for each seed."""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(max(7.2, 3.6 * columns), 2.6 * rows + 0.9), layout="constrained")
+    figure = Figure(figsize=(_width(columns), 2.6 * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for place, (axes, curve) in enumerate(zip(panels, curves, strict=False)):
         for i, errors in enumerate(curve.errors):
@@ -180,6 +183,11 @@ def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     axes.set_title(title, fontsize="medium")
     return _save(figure, path)
+
+
+def _width(columns: int) -> float:
+    """In inches, of a figure with so many panels beside each other: wide enough for its title."""
+    return max(8.0, 3.6 * columns)
 
 
 def _layer(parameter: str) -> str:
