@@ -270,10 +270,10 @@ def verdict(claim: Claim, difference: Mean, reference: float, chance: float) -> 
 
     "equivalent" holds where the interval lies within ±``MARGIN``, "worse" where it lies below −``MARGIN``, "destroyed"
     where it lies below minus half of what the reference has learned beyond chance. A claim is refuted where the
-    interval lies outside, else left open. Where the reference has learned nothing, all are equal and nothing is tested.
+    interval lies outside, else left open. Where neither side has learned anything, nothing is tested.
     """
     low, high = difference.interval
-    if reference < chance + MARGIN:
+    if max(reference, reference + difference.mean) < chance + MARGIN:
         return "open: nothing has been learned"
     if claim == "equivalent":
         holds, refuted = low > -MARGIN and high < MARGIN, high < -MARGIN or low > MARGIN

@@ -175,6 +175,8 @@ def test_the_runs_on_other_graphs() -> None:
 def test_no_claim_is_tested_where_nothing_was_learned(claim: figures.Claim) -> None:
     difference = figures.mean_over_seeds([0.0, 0.001, -0.001])
     assert figures.verdict(claim, difference, reference=0.12, chance=0.12) == "open: nothing has been learned"
+    ahead = figures.mean_over_seeds([0.30, 0.31, 0.32])  # of a reference that has learned nothing
+    assert figures.verdict(claim, ahead, reference=0.12, chance=0.12) == "does not hold: +31.0 points"
 
 
 def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
