@@ -98,6 +98,14 @@ def test_the_cnns_aims_are_met_as_the_readme_says() -> None:
     assert f"a {round(euler['time_ratio'] / closed['time_ratio'])}th of `Euler`'s time" in " ".join(README.split())
 
 
+def test_how_far_the_cnn_is_from_convergence_is_as_the_readme_says() -> None:
+    lines = csv.DictReader((ROOT / "results" / "convergence-cnn" / "convergence.csv").read_text().splitlines())
+    first = [line for line in lines if line["parameter"] == "convolutional.conv1.weight" and line["steps"] == "100"]
+    left = {line["step_size"]: float(line["measured"]) for line in first}
+    assert f"its gradient is {100 * left['0.1']:.0f} % off backpropagation's" in " ".join(README.split())
+    assert left["0.2"] < 1e-5
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
