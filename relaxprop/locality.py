@@ -36,7 +36,7 @@ from relaxprop.derivatives import _EitherWay
 from relaxprop.diagnostics import check_model, undisturbed
 from relaxprop.feedback import _SendBack
 from relaxprop.graph import Vertex, _AccumulateGrad
-from relaxprop.recording import Recorder, find_layers, map_tensors, tensors_requiring_grad
+from relaxprop.recording import Recorder, are_operations, find_layers, map_tensors, tensors_requiring_grad
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
 
@@ -119,7 +119,7 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
         ValueError: its vertices are operations, of which a layer has several.
     """
     check_model(model)
-    if isinstance(model.vertices, str) and model.vertices == "operations":
+    if are_operations(model.vertices):
         raise ValueError(
             "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
             "(model.module) with vertices='modules' or 'activations'"

@@ -46,7 +46,7 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     if isinstance(vertices, str):
         if vertices not in get_args(Granularity):
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
-        if vertices == "operations":
+        if are_operations(vertices):
             return {}
         is_vertex = is_activation if vertices == "activations" else _has_no_submodules
         found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
@@ -70,6 +70,11 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
             "relax"
         )
     return found
+
+
+def are_operations(vertices: object) -> bool:
+    """Whether every operation is a vertex."""
+    return isinstance(vertices, str) and vertices == "operations"
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -184,7 +189,7 @@ class _Pass:
         self.recorder = recorder
         self.module = module
         self.names = find_vertices(module, vertices)
-        self.operations = isinstance(vertices, str) and vertices == "operations"
+        self.operations = are_operations(vertices)
         self.layers = () if recorder.frozen == ALL_FROZEN else find_layers(module)
         self.phase = Phase()
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the stand-in: the input, its stand-in

@@ -38,6 +38,7 @@ from relaxprop.recording import (
     OutputRule,
     Recorder,
     Recording,
+    are_operations,
     find_vertices,
     map_tensors,
     tensors_requiring_grad,
@@ -202,7 +203,7 @@ class ActivationRelaxation(nn.Module):
             self.last_relaxation = at_equilibrium(vertices=None, depth=None)
 
         handles = [m.register_forward_hook(at_vertex) for m in vertices]
-        each = self.check_finite and isinstance(self.vertices, str) and self.vertices == "operations"
+        each = self.check_finite and are_operations(self.vertices)
         try:
             with EachOperation(watch, cuts=False) if each else nullcontext():
                 result = self.module(*args, **kwargs)
@@ -236,7 +237,7 @@ def check_update(vertices: Granularity | Iterable[nn.Module], frozen: Frozen) ->
     Raises:
         ValueError: it is so.
     """
-    if isinstance(vertices, str) and vertices == "operations" and frozen.splits_update:
+    if are_operations(vertices) and frozen.splits_update:
         raise ValueError(
             "vertices='operations' has a vertex between each weight and the nonlinearity that follows, so no update "
             f"reads both a derivative and a presynaptic activity, and frozen={frozen} has no meaning there: freeze or "

@@ -18,6 +18,7 @@ from relaxprop.lab import plots
 from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
 from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
 from relaxprop.lab.records import environment, markdown_table, write_atomically
+from relaxprop.recording import Recorder
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
 from relaxprop.transients import UPDATE_PROBABILITY, steps_to_converge
@@ -91,24 +92,21 @@ def error(problem: Problem, solver: Solver) -> float:
 
 
 def _depth(problem: Problem) -> tuple[int, int]:
-    model = ActivationRelaxation(problem.model, solver=Equilibrium(), vertices="operations", measure_residual=True)
-    problem.loss(model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
-    problem.model.zero_grad()
-    record = model.last_relaxation
-    assert record is not None
-    assert record.depth is not None
-    assert record.vertices is not None
-    return record.depth, record.vertices
+    graph = Recorder().record(problem.model, "operations", problem.inputs).graph
+    return graph.depth, len(graph.vertices)
+
+
+def _gradients(model: nn.Module, problem: Problem) -> Step:
+    """Forward pass, backward pass or relaxation phase, gradients."""
+
+    def step() -> None:
+        problem.loss(model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
+
+    return step
 
 
 def _costs(problem: Problem, solvers: Mapping[str, Solver], rounds: int) -> dict[str, Any]:
-    def gradients(model: nn.Module) -> Step:
-        def step() -> None:
-            problem.loss(model(*problem.inputs)).backward()  # type: ignore[no-untyped-call]
-            model.zero_grad()
-
-        return step
-
     def forward(model: nn.Module) -> Step:
         def step() -> None:
             model(*problem.inputs)
@@ -119,12 +117,14 @@ def _costs(problem: Problem, solvers: Mapping[str, Solver], rounds: int) -> dict
         return ActivationRelaxation(problem.model, solver=solver, vertices=vertices)
 
     timed = {name: solver for name, solver in solvers.items() if name != "asynchronous"}
-    steps: dict[str, Step] = {BASELINE: gradients(problem.model)}
-    steps |= {name: gradients(wrapped(solver)) for name, solver in timed.items() if not isinstance(solver, Euler)}
+    steps: dict[str, Step] = {BASELINE: _gradients(problem.model, problem)}
+    steps |= {
+        name: _gradients(wrapped(solver), problem) for name, solver in timed.items() if not isinstance(solver, Euler)
+    }
     steps["forward"] = forward(problem.model)
     recorded = [v for v in ("activations", "operations") if _has_vertices(problem.model, v)]
     steps |= {vertices: forward(wrapped(ClosedForm(), vertices)) for vertices in recorded}
-    slow = {name: gradients(wrapped(solver)) for name, solver in timed.items() if isinstance(solver, Euler)}
+    slow = {name: _gradients(wrapped(solver), problem) for name, solver in timed.items() if isinstance(solver, Euler)}
     for step in steps.values():
         step()
     times = interleaved(steps, rounds=rounds)
@@ -279,17 +279,10 @@ def _costs_at_depth(
         for layer in layers:
             nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
         chain = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.Linear(width, 10))
-        x = torch.rand(batch_size, width)
-
-    def gradients(model: nn.Module) -> Step:
-        def step() -> None:
-            (model(x) ** 2).sum().backward()
-            chain.zero_grad()
-
-        return step
-
+        problem = Problem(chain, (torch.rand(batch_size, width),), lambda y: (y**2).sum())
     wrapped = {name: ActivationRelaxation(chain, solver=solver) for name, solver in solvers.items()}
-    steps = {BASELINE: gradients(chain)} | {name: gradients(model) for name, model in wrapped.items()}
+    steps = {BASELINE: _gradients(chain, problem)}
+    steps |= {name: _gradients(model, problem) for name, model in wrapped.items()}
     for step in steps.values():
         step()
     times = interleaved(steps, rounds=rounds)
