@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from relaxprop.variants import Variant, switch_off
+from relaxprop.vertices import is_activation
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,14 +39,16 @@ class Phase:
     updating: bool = False
     differs: bool = False
 
-    @contextmanager
-    def update(self, updating: bool) -> Iterator[None]:
-        """Within it, what is taken is the weight update, if so."""
+    def update(self, updating: bool) -> Phase:
+        """A context within which the weight update is taken, if so."""
         self.updating = updating
-        try:
-            yield
-        finally:
-            self.updating = False
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.updating = False
 
 
 current_phase: ContextVar[Phase | None] = ContextVar("current_phase", default=None)
@@ -68,8 +71,6 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
         TypeError: ``module`` is no module, or an option no bool.
         ValueError: no activation module in ``module``, or one that is not elementwise or has parameters.
     """
-    from relaxprop.recording import is_activation
-
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     for name, value in (("relaxation", relaxation), ("update", update)):
@@ -150,6 +151,8 @@ class _EitherWay(torch.autograd.Function):
 
 def differs_by_phase(module: nn.Module) -> bool:
     """Whether a derivative is dropped in one of the two places only."""
+    if not _Dropped.__subclasses__():  # nothing is dropped anywhere
+        return False
     return any(isinstance(m, _Dropped) and m.dropped_in_relaxation != m.dropped_in_update for m in module.modules())
 
 

@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from relaxprop.derivatives import Phase
 from relaxprop.frozen import ALL_FROZEN, Frozen
@@ -63,8 +62,7 @@ class Layer(NamedTuple):
     output: GradientEdge
 
 
-@dataclass(frozen=True)
-class Linearisation:
+class Linearisation(NamedTuple):
     """One run of the model, its graph cut at every vertex: where Jacobians are taken.
 
     Attributes:
@@ -139,26 +137,32 @@ class Graph:
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
         vertex_of = {id(v.leaf): v for v in self.recorded}
-        self.read: dict[int, Tensor] = {}
-        self._inputs: dict[_Place, list[_Place]] = {}
-        self._upstream: dict[_Place, int] = {}  # a place's inputs stand before it
+        read: dict[int, Tensor] = {}
+        inputs_of: dict[_Place, list[_Place]] = {}
+        upstream: dict[_Place, int] = {}
         stack = [_place(output, vertex_of) for output in outputs]
         while stack:
-            place = stack.pop()
-            if place in self._upstream:
-                continue
-            if place not in self._inputs:
-                self._inputs[place] = inputs = _inputs_of(place, vertex_of, self.read)
+            place = stack[-1]
+            inputs = inputs_of.get(place)
+            if inputs is None:
+                inputs_of[place] = inputs = _inputs_of(place, vertex_of, read)
                 if inputs:
-                    stack.append(place)
                     stack += inputs
                     continue
-            longest = max([self._upstream[above] for above in self._inputs[place]], default=0)
+            stack.pop()
+            if place in upstream:
+                continue
+            longest = 0
+            for above in inputs:
+                longest = max(longest, upstream[above])
             if type(place) is Vertex:
                 place.upstream = longest
                 longest += 1
-            self._upstream[place] = longest
-        self.vertices = sorted([place for place in self._inputs if type(place) is Vertex], key=_upstream)
+            upstream[place] = longest
+        self.read = read
+        self._inputs = inputs_of
+        self._upstream = upstream  # a place's inputs stand before it
+        self.vertices = sorted([place for place in upstream if type(place) is Vertex], key=_upstream)
         self.depth = self.vertices[-1].upstream + 1 if self.vertices else 0
 
     def heights(self, uncounted: Collection[Vertex] = ()) -> dict[Vertex, int]:
@@ -282,6 +286,8 @@ class Graph:
         Raises:
             ValueError: the factors differ and a parameter is read outside of the module that it belongs to.
         """
+        if self.rerun is None and not self.phase.differs:
+            return self.gradients(states, [*inputs, *parameters], retain_graph=retain_graph)
         frozen, stored = self.frozen, self.stored
         update_is_stored = frozen.update_derivative and frozen.update_activity
         current = stored
@@ -357,25 +363,28 @@ def _vector_jacobian_product(
     *,
     retain_graph: bool = True,
 ) -> Gradients:
-    """``torch.autograd.grad`` without its checks of arguments, which would cost as much as a small layer."""
+    """``torch.autograd.grad`` without what it does before it calls the engine, which costs as much as a small layer."""
     if not pushed or not onto:
         return (None,) * len(onto)
-    outputs = tuple([tensor for tensor, _ in pushed])
-    states = tuple([x for _, x in pushed])
-    gradients: Gradients = _engine_run_backward(
+    outputs, states = zip(*pushed, strict=True)
+    gradients: Gradients = torch.autograd.Variable._execution_engine.run_backward(
         outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
     )
     return gradients
 
 
-@contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+def _without_hooks(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Sets aside the hooks of parameters and inputs.
 
     They are there (to clip, to log) for the final gradient, which PyTorch shows them later; they would also run on what
     is taken in between.
     """
     hooked = [hooks for t in tensors if (hooks := t._backward_hooks)]
+    return _set_aside(hooked) if hooked else nullcontext()
+
+
+@contextmanager
+def _set_aside(hooked: Sequence[dict[int, Any]]) -> Iterator[None]:
     aside = [dict(hooks) for hooks in hooked]
     for hooks in hooked:
         hooks.clear()
@@ -432,10 +441,11 @@ def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, T
     nodes = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
     for node, _ in nodes:
         if type(node) is _AccumulateGrad:
-            variable = cast(Any, node).variable
-            vertex = vertex_of.get(id(variable))
+            variable: Tensor = cast(Any, node).variable
+            key = id(variable)
+            vertex = vertex_of.get(key)
             if vertex is None:
-                read[id(variable)] = variable
+                read[key] = variable
             else:
                 inputs.append(vertex)
         elif node is not None:

@@ -36,9 +36,10 @@ from relaxprop.derivatives import _EitherWay
 from relaxprop.diagnostics import check_model, undisturbed
 from relaxprop.feedback import _SendBack
 from relaxprop.graph import Vertex, _AccumulateGrad
-from relaxprop.recording import Recorder, are_operations, find_layers, map_tensors, tensors_requiring_grad
+from relaxprop.recording import Recorder, map_tensors, tensors_requiring_grad
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
+from relaxprop.vertices import are_operations, find_layers
 
 KINDS = {
     "weight transport": "W is known only to its layer's own synapses, but carries an error back",

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils.parametrize import is_parametrized
 
 # PyTorch has no public name for its nested structures; Hugging Face registers its output classes with this one.
 from torch.utils import _pytree as pytree
@@ -22,81 +21,12 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, Layer, Linearisation, States, Vertex
 from relaxprop.operations import EachOperation
 from relaxprop.surroundings import Surroundings
+from relaxprop.vertices import Granularity, Hooked, are_operations, does_as_its_class_says, find_layers, find_vertices
 
-Granularity = Literal["activations", "modules", "operations"]
 OutputRule = Literal["clamped", "relaxed"]
 
 
-ALLOWED = "vertices must be 'activations', 'modules', 'operations' or an iterable of the model's submodules"
-
-
-def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """The modules whose outputs are vertices, with their names in ``module``.
-
-    Args:
-        vertices: "activations" (the paper's layers: modules of a class that is defined in a file of activations, as
-            ``torch.nn.modules.activation`` and ``transformers.activations``), "modules" (every module without
-            submodules), "operations" (every operation, whatever module makes it: no modules), or an iterable of
-            submodules.
-
-    Raises:
-        ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
-        TypeError: anything else.
-    """
-    if isinstance(vertices, str):
-        if vertices not in get_args(Granularity):
-            raise ValueError(f"{ALLOWED}, got {vertices!r}")
-        if are_operations(vertices):
-            return {}
-        is_vertex = is_activation if vertices == "activations" else _has_no_submodules
-        found = {m: name or type(m).__name__ for name, m in module.named_modules() if is_vertex(m)}
-    else:
-        names = {m: name or type(m).__name__ for name, m in module.named_modules()}
-        if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
-            raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
-        found = {}
-        for submodule in vertices:
-            if not isinstance(submodule, nn.Module):
-                raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
-            if submodule not in names:
-                raise ValueError(
-                    f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the {type(module).__name__}"
-                )
-            found[submodule] = names[submodule]
-    if not found:
-        raise ValueError(
-            f"vertices={vertices!r} finds no vertex in {type(module).__name__}: pass vertices='modules' (the output of "
-            "every module without submodules), 'operations', or an iterable of the submodules whose outputs should "
-            "relax"
-        )
-    return found
-
-
-def are_operations(vertices: object) -> bool:
-    """Whether every operation is a vertex."""
-    return isinstance(vertices, str) and vertices == "operations"
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether the module's class, or one that it derives from, is defined in a file of activations."""
-    kind = type(module)
-    known = _ACTIVATIONS.get(kind)
-    if known is None:
-        homes = {c.__module__.rpartition(".")[2] for c in kind.__mro__}
-        known = bool(homes & {"activation", "activations"}) and not issubclass(kind, nn.MultiheadAttention)
-        _ACTIVATIONS[kind] = known
-    return known
-
-
-_ACTIVATIONS: dict[type[nn.Module], bool] = {}
-
-
-def _has_no_submodules(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
-
-
-@dataclass(frozen=True)
-class Recording:
+class Recording(NamedTuple):
     """A recorded forward pass.
 
     Attributes:
@@ -237,13 +167,14 @@ class _Pass:
         )
         self.recorded = graph.recorded
         inputs = [pair for key, pair in self.inputs.items() if key in graph.read and pair[0].requires_grad]
-        parameters = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
-        self.recorder.check_trained(self.module, parameters)
+        trained = {key: tensor for key, tensor in graph.read.items() if key not in self.inputs}
+        self.recorder.check_trained(self.module, trained)
+        parameters = list(trained.values())
         return Recording(
             graph,
             result,
-            given=[*(given for given, _ in inputs), *parameters.values()],
-            trained=[*(alias for _, alias in inputs), *parameters.values()],
+            given=[given for given, _ in inputs] + parameters,
+            trained=[alias for _, alias in inputs] + parameters,
             num_inputs=len(inputs),
             shown=tensors_requiring_grad(result),
         )
@@ -295,11 +226,10 @@ class _Run:
         kwargs = {name: map_tensors(self._input, x) for name, x in of.kwargs.items()} if of.inputs else of.kwargs
         # A layer's output is noted before it is cut, where the layer is a vertex too.
         noted = of.layers if self.values is None or recorder.frozen.splits_update else ()
-        handles = [m.register_forward_hook(self._note_layer) for m in noted]
-        handles += [m.register_forward_hook(self._cut_output) for m in of.names]
+        operations = EachOperation(self._cut_operation) if of.operations else nullcontext()
         token = current_phase.set(of.phase)
         try:
-            with EachOperation(self._cut_operation) if of.operations else nullcontext():
+            with Hooked(noted, self._note_layer), Hooked(of.names, self._cut_output), operations:
                 result = of.module(*args, **kwargs)
         except RuntimeError as error:
             if "a leaf Variable that requires grad is being used in an in-place operation" in str(error):
@@ -311,8 +241,6 @@ class _Run:
             raise
         finally:
             current_phase.reset(token)
-            for handle in handles:
-                handle.remove()
         if recorder.output == "relaxed":
             part = itertools.count()
             result = map_tensors(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
@@ -351,7 +279,7 @@ class _Run:
         return {
             layer: returned
             for layer, returned in self.above.items()
-            if layer not in self.below and _does_as_its_class_says(layer)
+            if layer not in self.below and does_as_its_class_says(layer)
         }
 
     def _cut_operation(self, output: Tensor, operation: str) -> Tensor:
@@ -393,7 +321,9 @@ class _Run:
 
     def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
-            leaf.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+            leaf._post_accumulate_grad_hooks = (
+                _GUARD  # by register_post_accumulate_grad_hook it would cost a layer's price
+            )
         tensor = leaf.clone() if self.of.recorder.overwritten.get(origin, True) else leaf
         self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
         return tensor
@@ -402,20 +332,6 @@ class _Run:
         """The vertex's own leaf where the output is an untouched copy of it."""
         handed = self.handed_on.get(id(output))
         return output if handed is None or handed.overwritten else handed.leaf
-
-
-def find_layers(module: nn.Module) -> list[nn.Module]:
-    """The modules with parameters of their own; what computes a parametrized weight is part of its layer."""
-    modules = list(module.modules())
-    parametrized = [m for m in modules if "parametrizations" in m._modules and is_parametrized(m)]
-    within = {part for m in parametrized for part in cast(nn.Module, m.parametrizations).modules()}
-    return [m for m in modules if (m._parameters or m in parametrized) and m not in within]
-
-
-def _does_as_its_class_says(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but compute its output: what else it did would happen once only."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not changed and type(module).__module__.startswith("torch.nn.") and _has_no_submodules(module)
 
 
 @contextmanager
@@ -523,3 +439,6 @@ def _refuse_stray_gradient(leaf: Tensor) -> None:
         f"the loss reads an activity of shape {tuple(leaf.shape)} that the model kept to itself (on an attribute, say) "
         "and did not return, so the relaxation phase does not know of it: return it from the model, with the output"
     )
+
+
+_GUARD = OrderedDict({0: _refuse_stray_gradient})

@@ -33,18 +33,10 @@ from relaxprop.derivatives import differs_by_phase
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Gradients, Graph, States
 from relaxprop.operations import EachOperation
-from relaxprop.recording import (
-    Granularity,
-    OutputRule,
-    Recorder,
-    Recording,
-    are_operations,
-    find_vertices,
-    map_tensors,
-    tensors_requiring_grad,
-)
+from relaxprop.recording import OutputRule, Recorder, Recording, map_tensors, tensors_requiring_grad
 from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves
 from relaxprop.transients import steps_to_converge
+from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices
 
 
 class NonFiniteStateError(FloatingPointError):
@@ -69,6 +61,7 @@ class NonFiniteStateError(FloatingPointError):
 
 
 DEFAULT = ClosedForm()
+REVERSE_MODE = at_equilibrium(vertices=None, depth=None)  # the record of a graph that was not cut
 UNCONVERGED = 0.1  # weight of the initial state from which on the default's user is warned
 
 
@@ -195,21 +188,17 @@ class ActivationRelaxation(nn.Module):
             return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in filter(_is_computed, tensors_requiring_grad(output)):
-                watch(tensor, vertices[module])
+            for tensor in tensors_requiring_grad(output):
+                if _is_computed(tensor):
+                    watch(tensor, vertices[module])
 
         def at_output(gradient: Tensor) -> None:
             _refuse_second_derivative()
-            self.last_relaxation = at_equilibrium(vertices=None, depth=None)
+            _keep_record(self, REVERSE_MODE)
 
-        handles = [m.register_forward_hook(at_vertex) for m in vertices]
         each = self.check_finite and are_operations(self.vertices)
-        try:
-            with EachOperation(watch, cuts=False) if each else nullcontext():
-                result = self.module(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
+            result = self.module(*args, **kwargs)
         for tensor in filter(_is_computed, {id(t): t for t in tensors_requiring_grad(result)}.values()):
             tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
         return result
@@ -296,7 +285,7 @@ def _relax(
         check_finite(graph, states, solver)
     if wrapper.measure_residual:
         record = replace(record, residuals=_residuals(graph, states))
-    wrapper.last_relaxation = record
+    _keep_record(wrapper, record)
     if solver is DEFAULT and record.remaining is not None and record.remaining > UNCONVERGED and not wrapper._warned:
         wrapper._warned = True
         enough = steps_to_converge(graph.depth, 0.5, 1e-3)
@@ -307,6 +296,10 @@ def _relax(
             stacklevel=2,
         )
     return graph.update(states, inputs, parameters, retain_graph=retain_graph)  # (2)
+
+
+def _keep_record(wrapper: ActivationRelaxation, record: Relaxation) -> None:
+    vars(wrapper)["last_relaxation"] = record  # past nn.Module's own way to set attributes, which looks for parameters
 
 
 def _is_computed(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from numbers import Real
 
 import numpy as np
@@ -208,14 +208,16 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     for k in range(len(hops.terms) - 1, -1, -1):
         c, d = hops.terms[k]
         active = graph.with_upstream(k)
-        arriving = graph.transport(states, active)
+        arriving = graph.transport(states, active) if states else {}
         states = {}
         for v in active:
             y = arriving.get(v)
             if c:
-                y = c * initial[v] if y is None else torch.add(y, initial[v], alpha=c)
+                y = initial[v] * c if y is None else torch.add(y, initial[v], alpha=c)
             if d and v in source:
-                y = d * source[v] if y is None else torch.add(y, source[v], alpha=d)
+                # What has just been made is ours to write to; what arrived may be a child's state.
+                into = y if c else None
+                y = source[v] * d if y is None else torch.add(y, source[v], alpha=d, out=into)
             if y is not None:  # else it is zero
                 states[v] = y
     return {v: states[v] if v in states else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
@@ -379,11 +381,8 @@ def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int |
     if hops is None or not graph.frozen.relaxation_derivative:
         return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining=None, converged=None)
     rounding = min([_rounding(x.dtype) for x in states.values()], default=0.0)
-    return Relaxation(
-        vertices=len(graph.vertices),
-        depth=graph.depth,
-        num_steps=num_steps,
-        transports=transports,
-        remaining=hops.remaining,
-        converged=hops.remaining <= rounding,
-    )
+    remaining = hops.remaining
+    return _same_record(len(graph.vertices), graph.depth, num_steps, transports, remaining, remaining <= rounding)
+
+
+_same_record = lru_cache(Relaxation)  # of every phase of a training

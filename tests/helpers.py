@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler
 from relaxprop.graph import Graph, States
-from relaxprop.recording import Granularity, Recorder, find_vertices
+from relaxprop.recording import Recorder
 from relaxprop.solvers import Solver
+from relaxprop.vertices import Granularity, find_vertices
 
 # Relative distance (of norms) at which two results are the same.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -22,8 +22,8 @@ from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen
-from relaxprop.recording import find_layers, find_vertices
 from relaxprop.solvers import Solver
+from relaxprop.vertices import find_layers, find_vertices
 from tests.helpers import (
     PROBLEMS,
     Gradients,

@@ -24,9 +24,10 @@ from relaxprop.lab import models
 from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.records import environment
 from relaxprop.lab.training import squared_error
-from relaxprop.recording import Recorder, find_vertices
+from relaxprop.recording import Recorder
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
+from relaxprop.vertices import find_vertices
 
 BASELINE = "backpropagation"
 IMAGE_SHAPES = {"mlp": (1, 28, 28), "cnn": (3, 32, 32), "cnn-as-coded": (3, 32, 32)}  # MNIST's and CIFAR's

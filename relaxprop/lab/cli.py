@@ -38,9 +38,9 @@ from relaxprop.lab.records import (
     SolverName,
 )
 from relaxprop.lab.training import train as train_network
-from relaxprop.recording import Granularity
 from relaxprop.relaxation import NonFiniteStateError
 from relaxprop.transients import Order, check_step_size
+from relaxprop.vertices import Granularity
 
 app = typer.Typer(
     help="Train networks by Activation Relaxation, and see it beside backpropagation (arXiv 2010.06219).",

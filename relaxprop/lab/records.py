@@ -32,9 +32,9 @@ from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import Frozen
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.locality import Locality
-from relaxprop.recording import Granularity
 from relaxprop.relaxation import check_update
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
+from relaxprop.vertices import Granularity
 
 Rule = Literal["ar", "backprop"]
 Loss = Literal["squared-error", "cross-entropy"]

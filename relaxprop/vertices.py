@@ -1,0 +1,126 @@
+"""Which parts of a model are vertices: operations, or the modules whose outputs relax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Literal, cast, get_args
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+Granularity = Literal["activations", "modules", "operations"]
+
+ALLOWED = "vertices must be 'activations', 'modules', 'operations' or an iterable of the model's submodules"
+
+
+def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """The modules whose outputs are vertices, with their names in ``module``.
+
+    Args:
+        vertices: "activations" (the paper's layers: modules of a class that is defined in a file of activations, as
+            ``torch.nn.modules.activation`` and ``transformers.activations``), "modules" (every module without
+            submodules), "operations" (every operation, whatever module makes it: no modules), or an iterable of
+            submodules.
+
+    Raises:
+        ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
+        TypeError: anything else.
+    """
+    if isinstance(vertices, str):
+        if vertices not in get_args(Granularity):
+            raise ValueError(f"{ALLOWED}, got {vertices!r}")
+        if are_operations(vertices):
+            return {}
+        is_vertex = is_activation if vertices == "activations" else _has_no_submodules
+        found = {m: name or type(m).__name__ for m, name in _names(module).items() if is_vertex(m)}
+    else:
+        names = {m: name or type(m).__name__ for m, name in _names(module).items()}
+        if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
+            raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
+        found = {}
+        for submodule in vertices:
+            if not isinstance(submodule, nn.Module):
+                raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
+            if submodule not in names:
+                raise ValueError(
+                    f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the {type(module).__name__}"
+                )
+            found[submodule] = names[submodule]
+    if not found:
+        raise ValueError(
+            f"vertices={vertices!r} finds no vertex in {type(module).__name__}: pass vertices='modules' (the output of "
+            "every module without submodules), 'operations', or an iterable of the submodules whose outputs should "
+            "relax"
+        )
+    return found
+
+
+def are_operations(vertices: object) -> bool:
+    """Whether every operation is a vertex."""
+    return isinstance(vertices, str) and vertices == "operations"
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module's class, or one that it derives from, is defined in a file of activations."""
+    kind = type(module)
+    known = _ACTIVATIONS.get(kind)
+    if known is None:
+        homes = {c.__module__.rpartition(".")[2] for c in kind.__mro__}
+        known = bool(homes & {"activation", "activations"}) and not issubclass(kind, nn.MultiheadAttention)
+        _ACTIVATIONS[kind] = known
+    return known
+
+
+_ACTIVATIONS: dict[type[nn.Module], bool] = {}
+
+
+def does_as_its_class_says(module: nn.Module) -> bool:
+    """Whether a call of the module does nothing but compute its output: what else it did would happen once only."""
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not changed and type(module).__module__.startswith("torch.nn.") and _has_no_submodules(module)
+
+
+def find_layers(module: nn.Module) -> list[nn.Module]:
+    """The modules with parameters of their own; what computes a parametrized weight is part of its layer."""
+    modules = list(module.modules())
+    parametrized = [m for m in modules if "parametrizations" in m._modules and is_parametrized(m)]
+    within = {part for m in parametrized for part in cast(nn.Module, m.parametrizations).modules()}
+    return [m for m in modules if (m._parameters or m in parametrized) and m not in within]
+
+
+def _has_no_submodules(module: nn.Module) -> bool:
+    return all(child is None for child in module._modules.values())
+
+
+def _names(module: nn.Module, name: str = "", names: dict[nn.Module, str] | None = None) -> dict[nn.Module, str]:
+    """``named_modules``, whose nested generators cost as much as a small layer in every forward pass."""
+    if names is None:
+        names = {}
+    if module not in names:
+        names[module] = name
+        for child_name, child in module._modules.items():
+            if child is not None:
+                _names(child, f"{name}.{child_name}" if name else child_name, names)
+    return names
+
+
+class Hooked:
+    """A context within which ``hook(module, args, output)`` follows every call of the modules.
+
+    ``register_forward_hook`` and its handle do the same at the price of a small layer.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
+        self.modules = modules
+        self.hook = hook
+
+    def __enter__(self) -> None:
+        for module in self.modules:
+            module._forward_hooks[id(self)] = self.hook
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for module in self.modules:
+            module._forward_hooks.pop(id(self), None)
