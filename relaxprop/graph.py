@@ -53,6 +53,7 @@ States = dict[Vertex, Tensor]
 _Place = Node | Vertex
 _AccumulateGrad: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
 Gradients = tuple[Tensor | None, ...]
+Pushed = tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]  # where products with Jacobians start, and of what
 
 
 class Layer(NamedTuple):
@@ -129,10 +130,25 @@ class Graph:
         driven = [gradient is not None for gradient in gradients]
         if driven != self._placed:
             self._placed = driven
-            self._place_vertices([output for output, _ in self._driven(self.stored)])
+            self._place_vertices(self._driven(self.stored)[0])
 
-    def _driven(self, at: Linearisation) -> list[tuple[Tensor, Tensor]]:
-        return [(y, g) for y, g in zip(at.outputs, self._output_gradients, strict=True) if g is not None]
+    def _driven(self, at: Linearisation) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs that the loss depends on, and ∂L/∂(outputs)."""
+        gradients = self._output_gradients
+        driven = [y for y, g in zip(at.outputs, gradients, strict=True) if g is not None]
+        return driven, [g for g in gradients if g is not None]
+
+    def _pushed(self, states: States, at: Linearisation) -> Pushed:
+        """The vertices, and their states in the activities' type."""
+        cuts = at.cuts
+        outputs, pushed = [cuts[v].output for v in states], list(states.values())
+        if self._converts:
+            pushed = [x.to(y.dtype) for x, y in zip(pushed, outputs, strict=True)]
+        return outputs, pushed
+
+    def _pushed_and_driven(self, states: States, at: Linearisation) -> Pushed:
+        (outputs, gradients), (computed, pushed) = self._driven(at), self._pushed(states, at)
+        return [*outputs, *computed], [*gradients, *pushed]
 
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
@@ -145,7 +161,21 @@ class Graph:
             place = stack[-1]
             inputs = inputs_of.get(place)
             if inputs is None:
-                inputs_of[place] = inputs = _inputs_of(place, vertex_of, read)
+                inputs_of[place] = inputs = []
+                if type(place) is Vertex:
+                    inputs.append(_place(place.output, vertex_of))
+                else:
+                    edges = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
+                    for node, _ in edges:
+                        if type(node) is _AccumulateGrad:  # of a leaf tensor: a vertex, where the graph was cut, or not
+                            variable = cast(Any, node).variable
+                            key = id(variable)
+                            if key in vertex_of:
+                                inputs.append(vertex_of[key])
+                            else:
+                                read[key] = variable
+                        elif node is not None:
+                            inputs.append(node)
                 if inputs:
                     stack += inputs
                     continue
@@ -154,7 +184,8 @@ class Graph:
                 continue
             longest = 0
             for above in inputs:
-                longest = max(longest, upstream[above])
+                if upstream[above] > longest:
+                    longest = upstream[above]
             if type(place) is Vertex:
                 place.upstream = longest
                 longest += 1
@@ -163,7 +194,9 @@ class Graph:
         self._inputs = inputs_of
         self._upstream = upstream  # a place's inputs stand before it
         self.vertices = sorted([place for place in upstream if type(place) is Vertex], key=_upstream)
-        self.depth = self.vertices[-1].upstream + 1 if self.vertices else 0
+        self._counts = [v.upstream for v in self.vertices]
+        self._converts = not _HALF.isdisjoint([v.leaf.dtype for v in self.vertices])
+        self.depth = self._counts[-1] + 1 if self._counts else 0
 
     def heights(self, uncounted: Collection[Vertex] = ()) -> dict[Vertex, int]:
         """How many vertices are below each vertex on the longest path to the output."""
@@ -195,7 +228,7 @@ class Graph:
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
-        return self.vertices[bisect_left(self.vertices, count, key=_upstream) :]
+        return self.vertices[bisect_left(self._counts, count) :]
 
     def linearise(self, states: States) -> Linearisation:
         """Where (1) takes its Jacobians: the feedforward pass, or the current states if its derivative is unfrozen."""
@@ -215,22 +248,26 @@ class Graph:
 
     def output_scale(self) -> float:
         """The largest number in ∂L/∂(outputs)."""
-        return max([float(g.abs().max()) for _, g in self._driven(self.stored) if g.numel()], default=0.0)
+        return max([float(g.abs().max()) for g in self._driven(self.stored)[1] if g.numel()], default=0.0)
 
     def initial_states(self) -> States:
         """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
         at ∂L/∂x^L where the output is clamped."""
-        states = {v: _at_least_float32(v.leaf.detach()) for v in self.vertices}
+        states = {v: v.leaf.detach() for v in self.vertices}
+        if self._converts:
+            states = {v: _at_least_float32(x) for v, x in states.items()}
         if self.masked:
             states = {v: _within_range(x) for v, x in states.items()}
-        return states | {v: self.source()[v] for v in self.held([output for output, _ in self._driven(self.stored)])}
+        for v in self.held(self._driven(self.stored)[0]):
+            states[v] = self.source()[v]
+        return states
 
     def transport(
         self, states: States, onto: Sequence[Vertex] | None = None, at: Linearisation | None = None
     ) -> States:
         """A x at the vertices ``onto`` (by default at all): one product with every local Jacobian."""
         at = at or self.stored
-        return self._pull(_pushed(states, at), self.vertices if onto is None else onto, at)
+        return self._pull(self._pushed(states, at), self.vertices if onto is None else onto, at)
 
     def drive(self, states: States) -> States:
         """A x + s at every vertex, the Jacobians taken where (1) takes them."""
@@ -240,7 +277,7 @@ class Graph:
             for v, s in source.items():
                 arriving[v] = arriving[v] + s if v in arriving else s
         else:
-            arriving = self._pull([*self._driven(at), *_pushed(states, at)], self.vertices, at)
+            arriving = self._pull(self._pushed_and_driven(states, at), self.vertices, at)
         return {v: arriving[v] if v in arriving else v.zeros() for v in self.vertices}
 
     def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:
@@ -273,7 +310,7 @@ class Graph:
         states. ``updating=False`` takes the derivatives of the relaxation phase: an input's error, as in (1).
         """
         at = at or self.stored
-        pushed = [*(self._driven(at) if driven else ()), *_pushed(states, at)]
+        pushed = self._pushed_and_driven(states, at) if driven else self._pushed(states, at)
         with self.phase.update(updating), _without_hooks(wanted):
             return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
 
@@ -310,14 +347,15 @@ class Graph:
     ) -> Gradients:
         """(2) as a product of two factors: the errors ``f'(u) ⊙ x`` at what the layers computed, u, from the one
         linearisation, and ``∂u/∂W``, which holds the presynaptic activity, from the other."""
-        pushed = [*self._driven(derivative), *_pushed(states, derivative)]
+        pushed = self._pushed_and_driven(states, derivative)
         with self.phase.update(True), _without_hooks(parameters):
             errors = _vector_jacobian_product(pushed, [layer.output for layer in derivative.layers])
             self._check_layers(activity, parameters)
             # What a layer passes on to the layers before it has the activity's derivatives: the errors replace it.
             pairs = [(layer.output, e) for layer, e in zip(activity.layers, errors, strict=True)]
+            reached = [u for u, e in pairs if e is not None], [e for e in errors if e is not None]
             with _replaced_gradients(pairs):
-                return _vector_jacobian_product([(u, e) for u, e in pairs if e is not None], parameters)
+                return _vector_jacobian_product(reached, parameters)
 
     def _check_layers(self, at: Linearisation, parameters: Sequence[Tensor]) -> None:
         """Refuse parameters that are read outside of their layers: where their derivative ends, nobody can say."""
@@ -325,7 +363,7 @@ class Graph:
         layers: dict[Node, set[int]] = {}  # what each may read; a module may return what another did
         for module, output in at.layers:
             layers.setdefault(output.node, set()).update(map(id, module.parameters()))
-        ends = [y for y, _ in self._driven(at)] + [at.cuts[v].output for v in self.vertices]
+        ends = self._driven(at)[0] + [at.cuts[v].output for v in self.vertices]
         between = [node for end in ends if (node := get_gradient_edge(end).node) not in layers]
         for stack, own in [(between, set[int]()), *(([node], own) for node, own in layers.items())]:
             seen = set[Node]()
@@ -347,30 +385,27 @@ class Graph:
                             "or read it in a module of its own"
                         )
 
-    def _pull(self, pushed: Sequence[tuple[Tensor, Tensor]], onto: Sequence[Vertex], at: Linearisation) -> States:
-        arrived = _vector_jacobian_product(pushed, [at.cuts[v].leaf for v in onto])
-        return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
-
-
-def _pushed(states: States, at: Linearisation) -> list[tuple[Tensor, Tensor]]:
-    pairs = [(at.cuts[v].output, x) for v, x in states.items()]
-    return [(output, x if x.dtype == output.dtype else x.to(output.dtype)) for output, x in pairs]
+    def _pull(self, pushed: Pushed, onto: Sequence[Vertex], at: Linearisation) -> States:
+        cuts = at.cuts
+        arrived = _vector_jacobian_product(pushed, [cuts[v].leaf for v in onto])
+        if self._converts:
+            return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
+        return {v: x for v, x in zip(onto, arrived, strict=True) if x is not None}
 
 
 def _vector_jacobian_product(
-    pushed: Sequence[tuple[Tensor | GradientEdge, Tensor]],
-    onto: Sequence[Tensor | GradientEdge],
-    *,
-    retain_graph: bool = True,
+    pushed: Pushed, onto: Sequence[Tensor | GradientEdge], *, retain_graph: bool = True
 ) -> Gradients:
     """``torch.autograd.grad`` without what it does before it calls the engine, which costs as much as a small layer."""
-    if not pushed or not onto:
+    outputs, states = pushed
+    if not outputs or not onto:
         return (None,) * len(onto)
-    outputs, states = zip(*pushed, strict=True)
-    gradients: Gradients = torch.autograd.Variable._execution_engine.run_backward(
-        outputs, states, retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
+    return _engine.run_backward(
+        tuple(outputs), tuple(states), retain_graph, False, tuple(onto), allow_unreachable=True, accumulate_grad=False
     )
-    return gradients
+
+
+_engine = torch.autograd.Variable._execution_engine
 
 
 def _without_hooks(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -420,37 +455,17 @@ def _instead(arrived: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return gradient if gradient is not None or arrived is None else torch.zeros_like(arrived)
 
 
+_HALF = {torch.bfloat16, torch.float16}
+
+
 def _at_least_float32(x: Tensor) -> Tensor:
     """States are sums over many steps: half-precision activities relax in float32."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.dtype in _HALF else x
 
 
 def _within_range(x: Tensor) -> Tensor:
     """Zero for what a mask has put at −∞ or close to it: no sum of such numbers is finite, and any start will do."""
     return x.masked_fill(x.abs() > math.sqrt(torch.finfo(x.dtype).max), 0)
-
-
-def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor]) -> list[_Place]:
-    """What a place was computed from directly.
-
-    Vertices, by the id of their leaf, join the graph where it was cut. The other leaf tensors go into ``read``.
-    """
-    if type(place) is Vertex:
-        return [_place(place.output, vertex_of)]
-    inputs: list[_Place] = []
-    nodes = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
-    for node, _ in nodes:
-        if type(node) is _AccumulateGrad:
-            variable: Tensor = cast(Any, node).variable
-            key = id(variable)
-            vertex = vertex_of.get(key)
-            if vertex is None:
-                read[key] = variable
-            else:
-                inputs.append(vertex)
-        elif node is not None:
-            inputs.append(node)
-    return inputs
 
 
 def _place(tensor: Tensor, vertex_of: Mapping[int, Vertex]) -> _Place:

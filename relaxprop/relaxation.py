@@ -19,7 +19,7 @@ from __future__ import annotations
 import cmath
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -110,9 +110,10 @@ class ActivationRelaxation(nn.Module):
             the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
             or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
-        RuntimeError: in the backward pass, if a second derivative is asked for (``create_graph=True``), or if the loss
-            reads an activity that ``module`` did not return; where something is unfrozen, if a parameter or an input
-            was changed in place since the forward pass, or the model takes another path.
+        RuntimeError: in the forward pass, within a transform of torch.func that gradients go through; in the backward
+            pass, if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
+            ``module`` did not return; where something is unfrozen, if a parameter or an input was changed in place
+            since the forward pass, or the model takes another path.
     """
 
     def __init__(
@@ -169,10 +170,15 @@ class ActivationRelaxation(nn.Module):
             return self.module(*args, **kwargs)
         if isinstance(self.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
+        if torch._C._are_functorch_transforms_active():  # PyTorch has no public name for it
+            raise RuntimeError(
+                "a transform of torch.func differentiates by itself, so the relaxation phase would not run: call the "
+                "wrapper outside of it and loss.backward(), or transform the plain module (wrapper.module)"
+            )
         recording = self._recorder.record(self.module, self.vertices, args, kwargs)
         if not recording.graph.outputs:
             return recording.result
-        outputs = iter(_RelaxationPhase.apply(self, recording, *recording.given))  # type: ignore[no-untyped-call]
+        outputs = iter(_attach(self, recording, *recording.given))
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
     def _is_reverse_mode(self) -> bool:
@@ -181,7 +187,7 @@ class ActivationRelaxation(nn.Module):
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
-        vertices = find_vertices(self.module, self.vertices) if self.check_finite else {}
+        vertices = self._recorder.finder.find(self.module, self.vertices) if self.check_finite else {}
 
         def watch(tensor: Tensor, name: str) -> Tensor:
             tensor.register_hook(partial(_refuse_overflow, name))  # type: ignore[no-untyped-call]
@@ -249,8 +255,7 @@ class _RelaxationPhase(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wrapper: ActivationRelaxation, recording: Recording, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.wrapper, ctx.solver = wrapper, wrapper.solver
-        ctx.graph, ctx.trained, ctx.num_inputs = recording.graph, recording.trained, recording.num_inputs
+        ctx.of = wrapper, wrapper.solver, recording
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(_NOTHING)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
@@ -261,25 +266,21 @@ class _RelaxationPhase(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
         _refuse_second_derivative()
         ctx.saved_tensors  # noqa: B018 (see forward)
-        graph: Graph = ctx.graph
+        wrapper, solver, recording = ctx.of
         # PyTorch has no public name for "will this graph be used again?"
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep:
-            ctx.graph = None
-        graph.drive_outputs(output_gradients)
-        inputs, parameters = ctx.trained[: ctx.num_inputs], ctx.trained[ctx.num_inputs :]
-        return None, None, *_relax(ctx.wrapper, ctx.solver, graph, inputs, parameters, retain_graph=keep)
+            ctx.of = None
+        recording.graph.drive_outputs(output_gradients)
+        return None, None, *_relax(wrapper, solver, recording, retain_graph=keep)
 
 
-def _relax(
-    wrapper: ActivationRelaxation,
-    solver: Solver,
-    graph: Graph,
-    inputs: list[Tensor],
-    parameters: list[Tensor],
-    *,
-    retain_graph: bool,
-) -> Gradients:
+# ``_RelaxationPhase.apply`` without what it does first for torch.func, at half of its price.
+_attach: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _RelaxationPhase).apply
+
+
+def _relax(wrapper: ActivationRelaxation, solver: Solver, recording: Recording, *, retain_graph: bool) -> Gradients:
+    graph = recording.graph
     states, record = solver.solve(graph)  # (1)
     if wrapper.check_finite:
         check_finite(graph, states, solver)
@@ -295,7 +296,7 @@ def _relax(
             "leaves 0.1 %, or ClosedForm(0.1, 100) to have it so",
             stacklevel=2,
         )
-    return graph.update(states, inputs, parameters, retain_graph=retain_graph)  # (2)
+    return graph.update(states, recording.inputs, recording.parameters, retain_graph=retain_graph)  # (2)
 
 
 def _keep_record(wrapper: ActivationRelaxation, record: Relaxation) -> None:
@@ -346,8 +347,11 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
 
 def _first_not_finite(states: States) -> str | None:
     # All sums are under way before the first is read, so that a GPU is waited for once.
-    sums = [(v.name, x, x.sum()) for v, x in states.items()]
-    return next((name for name, x, total in sums if _overflows(x, total)), None)
+    sums = [x.sum() for x in states.values()]
+    totals = [total.item() for total in sums]
+    if cmath.isfinite(sum(totals)):
+        return None
+    return next((v.name for v, x in states.items() if not x.isfinite().all()), None)
 
 
 def _refuse_overflow(vertex: str, x: Tensor | None) -> None:  # None: the loss reads another part of an operation only

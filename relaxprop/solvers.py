@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from numbers import Real
 
 import numpy as np
@@ -204,22 +204,19 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     nearest to the input, often the most expensive, is visited once.
     """
     source, initial = graph.source(), graph.initial_states()
-    states: States = {}
-    for k in range(len(hops.terms) - 1, -1, -1):
+    states: States = {}  # those that are not zero
+    for k in reversed(range(len(hops.terms))):
         c, d = hops.terms[k]
         active = graph.with_upstream(k)
-        arriving = graph.transport(states, active) if states else {}
-        states = {}
-        for v in active:
-            y = arriving.get(v)
-            if c:
-                y = initial[v] * c if y is None else torch.add(y, initial[v], alpha=c)
-            if d and v in source:
-                # What has just been made is ours to write to; what arrived may be a child's state.
-                into = y if c else None
-                y = source[v] * d if y is None else torch.add(y, source[v], alpha=d, out=into)
-            if y is not None:  # else it is zero
-                states[v] = y
+        y = graph.transport(states, active) if states else {}
+        if c:
+            for v in active:
+                y[v] = torch.add(y[v], initial[v], alpha=c) if v in y else initial[v] * c
+        if d:
+            for v, s in source.items():
+                if v.upstream >= k:
+                    y[v] = torch.add(y[v], s, alpha=d) if v in y else s * d
+        states = y
     return {v: states[v] if v in states else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
 
 
@@ -378,11 +375,8 @@ def _rounding(dtype: torch.dtype) -> float:
 
 
 def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int | None, transports: int) -> Relaxation:
-    if hops is None or not graph.frozen.relaxation_derivative:
-        return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining=None, converged=None)
-    rounding = min([_rounding(x.dtype) for x in states.values()], default=0.0)
-    remaining = hops.remaining
-    return _same_record(len(graph.vertices), graph.depth, num_steps, transports, remaining, remaining <= rounding)
-
-
-_same_record = lru_cache(Relaxation)  # of every phase of a training
+    remaining = converged = None
+    if hops is not None and graph.frozen.relaxation_derivative:
+        remaining = hops.remaining
+        converged = remaining <= min([_rounding(x.dtype) for x in states.values()], default=0.0)
+    return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining, converged)

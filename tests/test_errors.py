@@ -216,6 +216,18 @@ def test_second_derivatives(solver: Solver) -> None:
         backward(loss, create_graph=True)
 
 
+def test_transforms_that_differentiate_by_themselves() -> None:
+    model, x = ActivationRelaxation(mlp(3, 4, 2)), torch.zeros(2, 3)
+    with refuses(RuntimeError, "torch.func", "loss.backward()", "wrapper.module"):
+        torch.func.vmap(model)(x)
+    with refuses(RuntimeError, "torch.func"):
+        torch.func.grad(lambda z: squares(model(z)))(x)
+    with refuses(RuntimeError, "torch.func"):
+        torch.func.vjp(model, x)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(model)(x), model(x))
+
+
 def test_a_tensor_from_outside_that_requires_grad() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

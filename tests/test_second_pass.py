@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -180,3 +181,60 @@ def test_the_default_says_once_when_a_graph_is_too_deep_for_it() -> None:
         for module, solver in ((deep, ClosedForm(0.1, 100)), (deep, Equilibrium()), (shallow, ClosedForm())):
             backward(squares(ActivationRelaxation(module, solver=solver)(x)))
         backward(squares(ActivationRelaxation(shallow)(x)))
+
+
+def _replace_the_activation(network: nn.Sequential) -> None:
+    network[1] = nn.Sigmoid()
+
+
+def _append_to_a_part(network: nn.Sequential) -> None:
+    part = network[2]
+    assert isinstance(part, nn.Sequential)
+    part.append(nn.Tanh())
+
+
+def _take_an_activation_out(network: nn.Sequential) -> None:
+    del network[1]
+
+
+def _change_the_class(network: nn.Sequential) -> None:
+    network[1].__class__ = nn.Identity  # no activation any more
+
+
+@pytest.mark.parametrize(
+    "change", [_replace_the_activation, _append_to_a_part, _take_an_activation_out, _change_the_class]
+)
+@pytest.mark.parametrize("solver", [ClosedForm(0.3, 4), Equilibrium()], ids=str)
+def test_a_model_that_changed_between_passes_is_like_one_just_wrapped(
+    change: Callable[[nn.Sequential], None], solver: Solver
+) -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = [nn.Linear(3, 3), nn.Tanh(), nn.Sequential(nn.Linear(3, 3)), nn.SiLU(), nn.Linear(3, 2)]
+        return nn.Sequential(*layers).double()
+
+    torch.manual_seed(1)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    changed, afresh = network(), network()
+    model = ActivationRelaxation(changed, solver=solver, measure_residual=True)
+    gradients(model, [x])
+    change(changed)
+    change(afresh)
+    wrapped = ActivationRelaxation(afresh, solver=solver, measure_residual=True)
+    assert_same_gradients(gradients(model, [x]), gradients(wrapped, [x]))
+    assert model.last_relaxation is not None
+    assert wrapped.last_relaxation is not None
+    assert model.last_relaxation.residuals is not None
+    assert wrapped.last_relaxation.residuals is not None
+    assert model.last_relaxation.residuals.keys() == wrapped.last_relaxation.residuals.keys()
+
+
+def test_vertices_chosen_anew_hold_from_the_next_pass_on() -> None:
+    torch.manual_seed(0)
+    model = ActivationRelaxation(mlp(3, 4, 4, 2), solver=Euler(0.3, 4))
+    x = torch.randn(5, 3)
+    for vertices, expected in (("activations", 2), ("modules", 5), ([model.module.get_submodule("1")], 1)):
+        model.vertices = vertices  # type: ignore[assignment]
+        gradients(model, [x])
+        assert model.last_relaxation is not None
+        assert model.last_relaxation.vertices == expected
