@@ -148,7 +148,7 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
     with undisturbed(model), torch.enable_grad():
         recording = model._recorder.record(model.module, model.vertices, inputs)
     graph = recording.graph
-    held = graph.held(graph.outputs)
+    held = graph.held()
     weights = np.cumsum(np.abs(model.solver.hops(graph.depth).initial))
     nearest_first = sorted(graph.heights(held).items(), key=lambda item: (item[0] not in held, item[1]))
     return {v.name: 0.0 if v in held else float(weights[height]) for v, height in nearest_first}

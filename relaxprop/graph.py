@@ -157,6 +157,7 @@ class Graph:
         inputs_of: dict[_Place, list[_Place]] = {}
         upstream: dict[_Place, int] = {}
         stack = [_place(output, vertex_of) for output in outputs]
+        self._ends = [place for place in stack if type(place) is Vertex]
         while stack:
             place = stack[-1]
             inputs = inputs_of.get(place)
@@ -218,13 +219,12 @@ class Graph:
             levels[height].append(vertex)
         return levels
 
-    def held(self, outputs: Sequence[Tensor]) -> list[Vertex]:
-        """The vertices that are an output themselves and that no other reads: clamped, they stay at ∂L/∂x^L."""
-        ends = {id(output) for output in outputs} if self.clamped else set()
-        if not (found := [v for v in self.vertices if id(v.leaf) in ends]):
+    def held(self) -> list[Vertex]:
+        """The vertices that are a driven output themselves and that no other reads: clamped, they stay at ∂L/∂x^L."""
+        if not (self.clamped and self._ends):
             return []
         read = {above for inputs in self._inputs.values() for above in inputs}
-        return [v for v in found if v not in read]
+        return [v for v in self._ends if v not in read]
 
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
@@ -258,7 +258,7 @@ class Graph:
             states = {v: _at_least_float32(x) for v, x in states.items()}
         if self.masked:
             states = {v: _within_range(x) for v, x in states.items()}
-        for v in self.held(self._driven(self.stored)[0]):
+        for v in self.held():
             states[v] = self.source()[v]
         return states
 
