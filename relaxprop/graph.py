@@ -134,11 +134,14 @@ class Graph:
 
     def _driven(self, at: Linearisation) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs that the loss depends on, and ∂L/∂(outputs)."""
-        gradients = self._output_gradients
-        driven = [y for y, g in zip(at.outputs, gradients, strict=True) if g is not None]
-        return driven, [g for g in gradients if g is not None]
+        outputs, gradients = [], []
+        for y, g in zip(at.outputs, self._output_gradients, strict=True):
+            if g is not None:
+                outputs.append(y)
+                gradients.append(g)
+        return outputs, gradients
 
-    def _pushed(self, states: States, at: Linearisation) -> Pushed:
+    def _pushed(self, states: States, at: Linearisation) -> tuple[list[Tensor], list[Tensor]]:
         """The vertices, and their states in the activities' type."""
         cuts = at.cuts
         outputs, pushed = [cuts[v].output for v in states], list(states.values())
@@ -147,8 +150,9 @@ class Graph:
         return outputs, pushed
 
     def _pushed_and_driven(self, states: States, at: Linearisation) -> Pushed:
-        (outputs, gradients), (computed, pushed) = self._driven(at), self._pushed(states, at)
-        return [*outputs, *computed], [*gradients, *pushed]
+        outputs, gradients = self._driven(at)
+        computed, pushed = self._pushed(states, at)
+        return outputs + computed, gradients + pushed
 
     def _place_vertices(self, outputs: Sequence[Tensor]) -> None:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""

@@ -158,7 +158,8 @@ class _Pass:
             )
         overwritten = self.recorder.overwritten
         for handed in run.handed_on.values():
-            overwritten[handed.origin] = overwritten.get(handed.origin, False) or handed.overwritten
+            if handed.overwritten or handed.origin not in overwritten:
+                overwritten[handed.origin] = handed.overwritten
         self.stored = Linearisation({v: v for v in run.vertices}, outputs, run.layers)
         graph = Graph(
             self.stored,

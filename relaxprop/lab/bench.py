@@ -162,7 +162,11 @@ def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]
 
 def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
     baseline = next(name for name in times if name.startswith("ClosedForm"))
+    simulated = next(name for name in times if name.startswith("Euler("))
     return [
+        Ratio(
+            what=f"a training step of {simulated}", least=f"one of {baseline}", ratio=ratio(times, simulated, baseline)
+        ),
         Ratio(
             what="a step of Euler",
             least="an activation-only backward pass",
