@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from numbers import Real
 
 import numpy as np
@@ -379,4 +379,7 @@ def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int |
     if hops is not None and graph.frozen.relaxation_derivative:
         remaining = hops.remaining
         converged = remaining <= min([_rounding(x.dtype) for x in states.values()], default=0.0)
-    return Relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining, converged)
+    return _relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining, converged)
+
+
+_relaxation = lru_cache(Relaxation)  # in training all phases are alike
