@@ -23,7 +23,6 @@ from numbers import Real
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from relaxprop.frozen import Frozen
@@ -292,6 +291,8 @@ class Continuous(_Linear):
         Raises:
             RuntimeError: the derivative jumps along the way, so that the steps become too many.
         """
+        from scipy.integrate import solve_ivp  # here, as few need it and it takes a third of a second to import
+
         initial = graph.initial_states()
         if not initial:
             return {}, _record(graph, {}, None, num_steps=None, transports=0)

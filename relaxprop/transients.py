@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Order = Literal["simultaneous", "sequential", "asynchronous"]
 ORDERS: tuple[Order, ...] = ("simultaneous", "sequential", "asynchronous")
@@ -109,6 +108,8 @@ def discrete_hops(depth: int, step_size: float, num_steps: int, order: Order) ->
 @lru_cache(maxsize=1024)
 def continuous_hops(depth: int, duration: float) -> Hops:
     """c_k and d_k at time T = ``duration`` of the paper's differential equation: Poisson(T)."""
+    from scipy import stats  # here, as few need it and it takes a third of a second to import
+
     k = np.arange(depth)
     return Hops(
         np.asarray(stats.poisson.pmf(k, duration)),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from relaxprop.diagnostics import Convergence, convergence
 from relaxprop.feedback import FeedbackRule
@@ -192,7 +192,7 @@ class Mean:
         """The 95 % confidence interval, of Student's t distribution."""
         if self.n == 1:
             return -math.inf, math.inf
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.n - 1)) * self.standard_error
+        half = float(special.stdtrit(self.n - 1, (1 + CONFIDENCE) / 2)) * self.standard_error
         return self.mean - half, self.mean + half
 
     def __str__(self) -> str:
