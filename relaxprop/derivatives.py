@@ -39,13 +39,9 @@ class Phase:
     updating: bool = False
     differs: bool = False
 
-    def update(self, updating: bool) -> Phase:
-        """A context within which the weight update is taken, if so."""
-        self.updating = updating
-        return self
-
     def __enter__(self) -> None:
-        pass
+        """Within it, the weight update is taken."""
+        self.updating = True
 
     def __exit__(self, *_: object) -> None:
         self.updating = False

@@ -315,7 +315,7 @@ class Graph:
         """
         at = at or self.stored
         pushed = self._pushed_and_driven(states, at) if driven else self._pushed(states, at)
-        with self.phase.update(updating), _without_hooks(wanted):
+        with self.phase if updating else nullcontext(), _without_hooks(wanted):
             return _vector_jacobian_product(pushed, wanted, retain_graph=retain_graph)
 
     def update(
@@ -352,7 +352,7 @@ class Graph:
         """(2) as a product of two factors: the errors ``f'(u) ⊙ x`` at what the layers computed, u, from the one
         linearisation, and ``∂u/∂W``, which holds the presynaptic activity, from the other."""
         pushed = self._pushed_and_driven(states, derivative)
-        with self.phase.update(True), _without_hooks(parameters):
+        with self.phase, _without_hooks(parameters):
             errors = _vector_jacobian_product(pushed, [layer.output for layer in derivative.layers])
             self._check_layers(activity, parameters)
             # What a layer passes on to the layers before it has the activity's derivatives: the errors replace it.
@@ -392,9 +392,8 @@ class Graph:
     def _pull(self, pushed: Pushed, onto: Sequence[Vertex], at: Linearisation) -> States:
         cuts = at.cuts
         arrived = _vector_jacobian_product(pushed, [cuts[v].leaf for v in onto])
-        if self._converts:
-            return {v: _at_least_float32(x) for v, x in zip(onto, arrived, strict=True) if x is not None}
-        return {v: x for v, x in zip(onto, arrived, strict=True) if x is not None}
+        states = {v: x for v, x in zip(onto, arrived, strict=True) if x is not None}
+        return {v: _at_least_float32(x) for v, x in states.items()} if self._converts else states
 
 
 def _vector_jacobian_product(

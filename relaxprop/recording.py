@@ -21,7 +21,7 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, Layer, Linearisation, States, Vertex
 from relaxprop.operations import EachOperation
 from relaxprop.surroundings import Surroundings
-from relaxprop.vertices import Granularity, Hooked, VertexFinder, are_operations, does_as_its_class_says, find_layers
+from relaxprop.vertices import Granularity, Hooked, are_operations, does_as_its_class_says, find_layers, find_vertices
 
 OutputRule = Literal["clamped", "relaxed"]
 _NOTHING = nullcontext()
@@ -60,7 +60,6 @@ class Recorder:
         self.output = output
         self.frozen = frozen
         self.runs_again = frozen != ALL_FROZEN
-        self.finder = VertexFinder()
         # A model may write in place into what a vertex handed on (ReLU(inplace=True), x += y). Autograd forbids that
         # on a leaf, and it would change x̄. So a module's first outputs are handed on as copies, and if one was written
         # to, the later ones too.
@@ -121,7 +120,7 @@ class _Pass:
     ) -> None:
         self.recorder = recorder
         self.module = module
-        self.names = recorder.finder.find(module, vertices)
+        self.names = find_vertices(module, vertices)
         self.operations = are_operations(vertices)
         self.layers = find_layers(module) if recorder.runs_again else ()
         self.phase = Phase()
@@ -327,7 +326,7 @@ class _Run:
     def _hand_on(self, leaf: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
             # As register_post_accumulate_grad_hook does, at less than half of its price.
-            leaf._post_accumulate_grad_hooks = OrderedDict(_GUARD)
+            leaf._post_accumulate_grad_hooks = OrderedDict({0: _refuse_stray_gradient})
         tensor = leaf.clone() if self.of.recorder.overwritten.get(origin, True) else leaf
         self.handed_on[id(tensor)] = _HandedOn(origin, tensor, leaf, tensor._version)
         return tensor
@@ -443,6 +442,3 @@ def _refuse_stray_gradient(leaf: Tensor) -> None:
         f"the loss reads an activity of shape {tuple(leaf.shape)} that the model kept to itself (on an attribute, say) "
         "and did not return, so the relaxation phase does not know of it: return it from the model, with the output"
     )
-
-
-_GUARD = OrderedDict({0: _refuse_stray_gradient})

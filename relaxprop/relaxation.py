@@ -170,7 +170,8 @@ class ActivationRelaxation(nn.Module):
             return self.module(*args, **kwargs)
         if isinstance(self.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
-        if torch._C._are_functorch_transforms_active():  # PyTorch has no public name for it
+        # PyTorch has no public name for "is this inside of vmap, grad or another transform?"
+        if torch._C._are_functorch_transforms_active() and any(p.requires_grad for p in self.module.parameters()):
             raise RuntimeError(
                 "a transform of torch.func differentiates by itself, so the relaxation phase would not run: call the "
                 "wrapper outside of it and loss.backward(), or transform the plain module (wrapper.module)"
@@ -187,7 +188,7 @@ class ActivationRelaxation(nn.Module):
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
-        vertices = self._recorder.finder.find(self.module, self.vertices) if self.check_finite else {}
+        vertices = find_vertices(self.module, self.vertices) if self.check_finite else {}
 
         def watch(tensor: Tensor, name: str) -> Tensor:
             tensor.register_hook(partial(_refuse_overflow, name))  # type: ignore[no-untyped-call]
@@ -246,7 +247,7 @@ def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
 
-_NOTHING = torch.empty(0)
+_EMPTY = torch.empty(0)
 
 
 class _RelaxationPhase(torch.autograd.Function):
@@ -255,9 +256,10 @@ class _RelaxationPhase(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wrapper: ActivationRelaxation, recording: Recording, *given: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.of = wrapper, wrapper.solver, recording
+        # Not the recording: with it the user's own result would live on.
+        ctx.of = wrapper, wrapper.solver, recording.graph, recording.inputs, recording.parameters
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
-        ctx.save_for_backward(_NOTHING)
+        ctx.save_for_backward(_EMPTY)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
         pairs = zip(recording.shown, recording.graph.outputs, strict=True)
         return tuple([x.detach().clone() if o.is_leaf or o._is_view() else x.detach() for x, o in pairs])
@@ -266,21 +268,28 @@ class _RelaxationPhase(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor | None) -> Any:
         _refuse_second_derivative()
         ctx.saved_tensors  # noqa: B018 (see forward)
-        wrapper, solver, recording = ctx.of
+        wrapper, solver, graph, inputs, parameters = ctx.of
         # PyTorch has no public name for "will this graph be used again?"
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         if not keep:
             ctx.of = None
-        recording.graph.drive_outputs(output_gradients)
-        return None, None, *_relax(wrapper, solver, recording, retain_graph=keep)
+        graph.drive_outputs(output_gradients)
+        return None, None, *_relax(wrapper, solver, graph, inputs, parameters, retain_graph=keep)
 
 
 # ``_RelaxationPhase.apply`` without what it does first for torch.func, at half of its price.
 _attach: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _RelaxationPhase).apply
 
 
-def _relax(wrapper: ActivationRelaxation, solver: Solver, recording: Recording, *, retain_graph: bool) -> Gradients:
-    graph = recording.graph
+def _relax(
+    wrapper: ActivationRelaxation,
+    solver: Solver,
+    graph: Graph,
+    inputs: list[Tensor],
+    parameters: list[Tensor],
+    *,
+    retain_graph: bool,
+) -> Gradients:
     states, record = solver.solve(graph)  # (1)
     if wrapper.check_finite:
         check_finite(graph, states, solver)
@@ -296,7 +305,7 @@ def _relax(wrapper: ActivationRelaxation, solver: Solver, recording: Recording, 
             "leaves 0.1 %, or ClosedForm(0.1, 100) to have it so",
             stacklevel=2,
         )
-    return graph.update(states, recording.inputs, recording.parameters, retain_graph=retain_graph)  # (2)
+    return graph.update(states, inputs, parameters, retain_graph=retain_graph)  # (2)
 
 
 def _keep_record(wrapper: ActivationRelaxation, record: Relaxation) -> None:
@@ -346,19 +355,14 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
 
 
 def _first_not_finite(states: States) -> str | None:
-    # All sums are under way before the first is read, so that a GPU is waited for once.
+    # A finite sum has finite terms: only where it is not, a closer look is needed. All sums are under way before the
+    # first is read, so that a GPU is waited for once.
     sums = [x.sum() for x in states.values()]
-    totals = [total.item() for total in sums]
-    if cmath.isfinite(sum(totals)):
+    if cmath.isfinite(sum([total.item() for total in sums])):
         return None
     return next((v.name for v, x in states.items() if not x.isfinite().all()), None)
 
 
 def _refuse_overflow(vertex: str, x: Tensor | None) -> None:  # None: the loss reads another part of an operation only
-    if x is not None and _overflows(x, x.sum()):
+    if x is not None and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
         raise NonFiniteStateError(vertex, None)
-
-
-def _overflows(x: Tensor, total: Tensor) -> bool:
-    # A finite sum has finite terms: only where it is not, a closer look is needed.
-    return not cmath.isfinite(total.item()) and not bool(x.isfinite().all())

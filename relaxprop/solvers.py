@@ -383,4 +383,4 @@ def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int |
     return _relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining, converged)
 
 
-_relaxation = lru_cache(Relaxation)  # in training all phases are alike
+_relaxation = lru_cache(typed=True)(Relaxation)  # in training all phases are alike

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import Any, Literal, cast, get_args
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -20,8 +21,8 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
     Args:
         vertices: "activations" (the paper's layers: modules of a class that is defined in a file of activations, as
             ``torch.nn.modules.activation`` and ``transformers.activations``), "modules" (every module without
-            submodules), "operations" (every operation, whatever module makes it: no modules), or an iterable of
-            submodules.
+            submodules, and every scripted one, whose inside cannot be seen), "operations" (every operation, whatever
+            module makes it: no modules), or an iterable of submodules.
 
     Raises:
         ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
@@ -32,13 +33,12 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
         if are_operations(vertices):
             return {}
-        is_vertex = is_activation if vertices == "activations" else _has_no_submodules
-        found = {m: name or type(m).__name__ for m, name in _names(module).items() if is_vertex(m)}
+        is_vertex = is_activation if vertices == "activations" else _is_one_piece
+        found = {m: name for m, name in _parts(module).items() if is_vertex(m)}
     else:
-        names = {m: name or type(m).__name__ for m, name in _names(module).items()}
         if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
             raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
-        found = {}
+        names, found = _parts(module), {}
         for submodule in vertices:
             if not isinstance(submodule, nn.Module):
                 raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
@@ -54,42 +54,6 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
             "relax"
         )
     return found
-
-
-class VertexFinder:
-    """`find_vertices`, looked for again only where a submodule came, went or changed its class or its name.
-
-    Between two passes over a model nearly nothing does, and to compare is ten times cheaper than to look.
-    """
-
-    def __init__(self) -> None:
-        self._seen: _Seen | None = None
-
-    def find(self, module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> dict[nn.Module, str]:
-        """As `find_vertices`."""
-        seen = self._seen
-        if seen is None or seen.module is not module or seen.vertices is not vertices or not seen.is_current():
-            seen = self._seen = _Seen(module, vertices)
-        return seen.found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": None}  # a copy has modules of its own
-
-
-class _Seen:
-    """What was found in a model, and the model's structure at that time."""
-
-    def __init__(self, module: nn.Module, vertices: Granularity | Iterable[nn.Module]) -> None:
-        self.module = module
-        self.vertices = vertices
-        self.found = find_vertices(module, vertices)
-        self.modules = list(module.modules())
-        self.classes = list(map(type, self.modules))
-        self.children = [m._modules for m in self.modules]
-        self.as_seen = [dict(children.items()) for children in self.children]  # a scripted module's is no dict
-
-    def is_current(self) -> bool:
-        return self.children == self.as_seen and list(map(type, self.modules)) == self.classes
 
 
 def are_operations(vertices: object) -> bool:
@@ -129,16 +93,25 @@ def _has_no_submodules(module: nn.Module) -> bool:
     return all(child is None for child in module._modules.values())
 
 
-def _names(module: nn.Module, name: str = "", names: dict[nn.Module, str] | None = None) -> dict[nn.Module, str]:
-    """``named_modules``, whose nested generators cost as much as a small layer in every forward pass."""
-    if names is None:
-        names = {}
-    if module not in names:
-        names[module] = name
-        for child_name, child in module._modules.items():
-            if child is not None:
-                _names(child, f"{name}.{child_name}" if name else child_name, names)
-    return names
+def _is_one_piece(module: nn.Module) -> bool:
+    return _has_no_submodules(module) or isinstance(module, torch.jit.ScriptModule)
+
+
+def _parts(module: nn.Module) -> dict[nn.Module, str]:
+    """``named_modules``, without its nested generators, which cost as much as a small layer in every forward pass, and
+    without what is inside of scripted modules, where no hook runs."""
+    parts = {module: type(module).__name__}
+    if not isinstance(module, torch.jit.ScriptModule):
+        _add_children(module, "", parts)
+    return parts
+
+
+def _add_children(module: nn.Module, prefix: str, parts: dict[nn.Module, str]) -> None:
+    for name, child in module._modules.items():
+        if child is not None and child not in parts:
+            parts[child] = prefix + name
+            if child._modules and not isinstance(child, torch.jit.ScriptModule):
+                _add_children(child, f"{prefix}{name}.", parts)
 
 
 class Hooked:
@@ -147,7 +120,7 @@ class Hooked:
     ``register_forward_hook`` and its handle do the same at the price of a small layer.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
+    def __init__(self, modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
         self.modules = modules
         self.hook = hook
 

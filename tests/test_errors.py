@@ -224,8 +224,11 @@ def test_transforms_that_differentiate_by_themselves() -> None:
         torch.func.grad(lambda z: squares(model(z)))(x)
     with refuses(RuntimeError, "torch.func"):
         torch.func.vjp(model, x)
+    # Where there is nothing to train, nothing would relax anyway.
     with torch.no_grad():
         assert torch.equal(torch.func.vmap(model)(x), model(x))
+    model.requires_grad_(False)
+    assert torch.equal(torch.func.vmap(model)(x), model(x))
 
 
 def test_a_tensor_from_outside_that_requires_grad() -> None:

@@ -740,6 +740,19 @@ def test_a_scripted_module_is_part_of_what_reads_it(solver: Solver) -> None:
         assert_same_gradients(gradients(model, (x34(),)), gradients(module, (x34(),)))
 
 
+@every_solver
+def test_a_scripted_module_is_one_vertex_of_modules(solver: Solver) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), scripted(), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = ActivationRelaxation(module, solver=solver, vertices="modules", measure_residual=True)
+    for _ in range(4):
+        assert_same_gradients(gradients(model, (x34(),)), gradients(module, (x34(),)))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.residuals is not None
+    assert sorted(model.last_relaxation.residuals) == ["0", "1", "2", "3"]
+    with pytest.raises(ValueError, match="not part of"):
+        ActivationRelaxation(module, vertices=[module.get_submodule("1.1")])
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_embeddings_take_indices(sparse: bool) -> None:
     modules: Callable[[], dict[str, nn.Module]] = lambda: {"m": nn.Embedding(5, 4, sparse=sparse)}  # noqa: E731

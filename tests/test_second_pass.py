@@ -201,9 +201,21 @@ def _change_the_class(network: nn.Sequential) -> None:
     network[1].__class__ = nn.Identity  # no activation any more
 
 
-@pytest.mark.parametrize(
-    "change", [_replace_the_activation, _append_to_a_part, _take_an_activation_out, _change_the_class]
+def _take_nothing_out_and_replace_the_activation(network: nn.Sequential) -> None:
+    del network[9:]  # PyTorch gives the module another dict of its children
+    network[1] = nn.ReLU()
+
+
+CHANGES = (
+    _replace_the_activation,
+    _append_to_a_part,
+    _take_an_activation_out,
+    _change_the_class,
+    _take_nothing_out_and_replace_the_activation,
 )
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("solver", [ClosedForm(0.3, 4), Equilibrium()], ids=str)
 def test_a_model_that_changed_between_passes_is_like_one_just_wrapped(
     change: Callable[[nn.Sequential], None], solver: Solver
@@ -233,8 +245,15 @@ def test_vertices_chosen_anew_hold_from_the_next_pass_on() -> None:
     torch.manual_seed(0)
     model = ActivationRelaxation(mlp(3, 4, 4, 2), solver=Euler(0.3, 4))
     x = torch.randn(5, 3)
-    for vertices, expected in (("activations", 2), ("modules", 5), ([model.module.get_submodule("1")], 1)):
-        model.vertices = vertices  # type: ignore[assignment]
+    chosen = [model.module.get_submodule("1")]
+
+    def vertices_that_relaxed() -> int | None:
         gradients(model, [x])
         assert model.last_relaxation is not None
-        assert model.last_relaxation.vertices == expected
+        return model.last_relaxation.vertices
+
+    for vertices, expected in (("activations", 2), ("modules", 5), (chosen, 1)):
+        model.vertices = vertices  # type: ignore[assignment]
+        assert vertices_that_relaxed() == expected
+    chosen.append(model.module.get_submodule("3"))
+    assert vertices_that_relaxed() == 2

@@ -420,6 +420,38 @@ def test_the_recorded_graph_is_released(solver: Solver, ending: str) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+def test_what_else_a_model_returns_is_the_users_alone(solver: Solver) -> None:
+    class Activities:
+        """A class whose tensors PyTorch cannot find; the user keeps the loss on it."""
+
+        loss: Tensor | None = None
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(3, 4, 4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Activities]:
+            output: Tensor = self.net(x)
+            return output, output.detach().clone(), Activities()
+
+    model = ActivationRelaxation(Returning(), solver=solver)
+    gc.collect()
+    gc.disable()
+    try:
+        output, extra, activities = model(torch.randn(2, 3))
+        loss, kept_extra = squares(output), weakref.ref(extra)
+        del extra
+        assert kept_extra() is None  # though the backward pass is still to come
+        activities.loss, kept = loss, weakref.ref(activities)
+        del output, loss, activities
+        gc.collect()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_a_second_backward_pass_is_refused_in_pytorchs_own_words() -> None:
     for model in (mlp(3, 4, 2), ActivationRelaxation(mlp(3, 4, 2))):
         loss = squares(model(torch.randn(2, 3)))
