@@ -166,21 +166,7 @@ class Graph:
             place = stack[-1]
             inputs = inputs_of.get(place)
             if inputs is None:
-                inputs_of[place] = inputs = []
-                if type(place) is Vertex:
-                    inputs.append(_place(place.output, vertex_of))
-                else:
-                    edges = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
-                    for node, _ in edges:
-                        if type(node) is _AccumulateGrad:  # of a leaf tensor: a vertex, where the graph was cut, or not
-                            variable = cast(Any, node).variable
-                            key = id(variable)
-                            if key in vertex_of:
-                                inputs.append(vertex_of[key])
-                            else:
-                                read[key] = variable
-                        elif node is not None:
-                            inputs.append(node)
+                inputs_of[place] = inputs = _inputs_of(place, vertex_of, read)
                 if inputs:
                     stack += inputs
                     continue
@@ -469,6 +455,28 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _within_range(x: Tensor) -> Tensor:
     """Zero for what a mask has put at −∞ or close to it: no sum of such numbers is finite, and any start will do."""
     return x.masked_fill(x.abs() > math.sqrt(torch.finfo(x.dtype).max), 0)
+
+
+def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor]) -> list[_Place]:
+    """What a place was computed from directly.
+
+    Vertices, by the id of their leaf, join the graph where it was cut. The other leaf tensors go into ``read``.
+    """
+    if type(place) is Vertex:
+        return [_place(place.output, vertex_of)]
+    inputs: list[_Place] = []
+    edges = ((place, 0),) if type(place) is _AccumulateGrad else cast(Node, place).next_functions
+    for node, _ in edges:
+        if type(node) is _AccumulateGrad:
+            variable: Tensor = cast(Any, node).variable
+            vertex = vertex_of.get(id(variable))
+            if vertex is None:
+                read[id(variable)] = variable
+            else:
+                inputs.append(vertex)
+        elif node is not None:
+            inputs.append(node)
+    return inputs
 
 
 def _place(tensor: Tensor, vertex_of: Mapping[int, Vertex]) -> _Place:
