@@ -167,8 +167,7 @@ def train(
         learning_rate=learning_rate,
         alignment_every=alignment_every,
     )
-    records.check_writable(runs)
-    loaded = data.load(dataset, data_dir)
+    loaded = _load(dataset, data_dir, runs)
     config = config.model_copy(update={"data": loaded.digest})
 
     def show(metrics: EpochMetrics) -> None:
@@ -224,11 +223,12 @@ def reproduce(
     for name in names:
         with _usage_errors("reproduce"):
             figures.condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
-    loaded = {name: data.load(name, data_dir) for name in names}  # all, before anything is computed
-    for name in names:
-        folder = out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}"
-        if out and not dataset and len(experiment.conditions) > 1:
-            folder = out / name
+    folders = {name: out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}" for name in names}
+    if out and not dataset and len(experiment.conditions) > 1:
+        folders = {name: out / name for name in names}
+    # All, before anything is computed.
+    loaded = {name: _load(name, data_dir, runs, folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
         _reproduce(
             figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device
         )
@@ -251,8 +251,6 @@ def _reproduce(
     if as_coded:
         experiment = replace(experiment, title=f"{experiment.title}, as coded")
     epochs, on_device = epochs or experiment.epochs, _device(device)
-    for written in (runs, folder):
-        records.check_writable(written)
     planned = figures.condition_runs(
         experiment,
         loaded.name,
@@ -311,8 +309,7 @@ def convergence(
         for eta in step_size or ():
             check_step_size(eta)
     folder = out or Path("figures") / f"convergence-{dataset}"
-    records.check_writable(folder)
-    loaded = data.load(dataset, data_dir)
+    loaded = _load(dataset, data_dir, folder)
     torch.manual_seed(seed)
     curves = figures.convergence_by_step_size(
         loaded,
@@ -562,6 +559,15 @@ def _usage_errors(option: str) -> Iterator[None]:
         raise typer.BadParameter(f"{message}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def _load(name: str, data_dir: Path | None, *written: Path) -> Dataset:
+    """A data set, whose loading may take a while: so the folders that are written to afterwards are looked at first."""
+    with _usage_errors("--dataset"):
+        data.check_name(name, data_dir)
+    for folder in written:
+        records.check_writable(folder)
+    return data.load(name, data_dir)
 
 
 def _device(name: str) -> torch.device:

@@ -124,19 +124,35 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
             RELAXPROP_DATA names, and without it the Hub.
 
     Raises:
+        ValueError: there is no data set of this name.
         DataError: the data are missing or cannot be read.
     """
+    check_name(name, data_dir)
     if name == "digits":
         return _digits()
     if name == "docstrings":
         return _docstrings()
-    folder = data_dir or os.environ.get(DATA_VARIABLE)
-    if name not in HUB and not (folder and (Path(folder) / name).is_dir()):
-        raise DataError(
+    folder = _folder(data_dir)
+    return _from_folder(name, folder) if folder else _from_hub(name)
+
+
+def check_name(name: str, data_dir: str | Path | None = None) -> None:
+    """Refuse a name that is none of ``DATASETS`` and no folder within ``data_dir``, as `load` takes it.
+
+    Raises:
+        ValueError: lists what there is.
+    """
+    folder = _folder(data_dir)
+    if name not in DATASETS and not (folder and (folder / name).is_dir()):
+        raise ValueError(
             f"dataset must be one of {', '.join(DATASETS)}, or the name of a folder with train.parquet and "
             f"test.parquet within the folder that --data-dir or {DATA_VARIABLE} names, got {name!r}"
         )
-    return _from_folder(name, Path(folder).resolve()) if folder else _from_hub(name)
+
+
+def _folder(data_dir: str | Path | None) -> Path | None:
+    folder = data_dir or os.environ.get(DATA_VARIABLE)
+    return Path(folder).resolve() if folder else None
 
 
 @lru_cache(maxsize=1)

@@ -65,7 +65,7 @@ def test_the_folder_may_come_from_the_environment(data_dir: Path, monkeypatch: p
 
 def test_an_unknown_data_set_is_refused_with_the_choices() -> None:
     with pytest.raises(
-        DataError, match=r"must be one of digits, docstrings, mnist, .*svhn, or .*--data-dir.* got 'imagenet'"
+        ValueError, match=r"must be one of digits, docstrings, mnist, .*svhn, or .*--data-dir.* got 'imagenet'"
     ):
         data.load("imagenet")
 
