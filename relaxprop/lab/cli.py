@@ -280,9 +280,10 @@ def _reproduce(
         paths += figures.write_convergence(curves, loaded.title, folder, _command())
     title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
     cells = figures.table(rows)
-    _print_table(title, figures.COLUMNS[:4], [row[:4] for row in cells])
-    compared = [(row.name, *cell[4:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
-    _print_table("the paper's claims", (figures.COLUMNS[0], *figures.COLUMNS[4:]), compared)
+    width = len(figures.RESULT)
+    _print_table(title, figures.RESULT, [cell[:width] for cell in cells])
+    compared = [(row.name, *cell[width:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
+    _print_table("the paper's claims", ("condition", *figures.CLAIM), compared)
     for note in figures.NOTES:
         console.print(note, soft_wrap=True, highlight=False)
     _print_paths(paths)

@@ -289,7 +289,9 @@ def verdict(claim: Claim, difference: Mean, reference: float, chance: float) -> 
     return f"open: {difference.n} seed{'s' if difference.n > 1 else ''} cannot tell"
 
 
-COLUMNS = ("condition", "test accuracy (%)", "n", "cost", "difference (points)", "95 % interval", "paper", "verdict")
+RESULT = ("condition", "test accuracy (%)", "n", "seconds", "cost")
+CLAIM = ("difference (points)", "95 % interval", "paper", "verdict")
+COLUMNS = RESULT + CLAIM
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -299,6 +301,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             _label(row),
             str(row.accuracies[-1]),
             str(row.accuracies[-1].n),
+            f"{row.seconds:.1f}" if row.seconds < 100 else f"{row.seconds:.0f}",
             f"{row.relative_cost:.1f}×",
             str(row.difference or ""),
             _interval(row.difference),
@@ -325,7 +328,7 @@ NOTES = (
     "frozen); the baseline's own, to backpropagation",
     f"equivalent: the 95 % interval of the difference lies within ±{100 * MARGIN:g} point; worse: below that; "
     "destroyed: below minus half of what the baseline has learned beyond chance",
-    "cost: median time of a training epoch relative to backpropagation's",
+    "seconds: of training, median over seeds; cost: median time of an epoch of it relative to backpropagation's",
 )
 
 
