@@ -1,4 +1,4 @@
-"""Records a model's forward pass as a `Graph`: finds what makes its vertices, modules or operations, and cuts there."""
+"""Records a model's forward pass as a `Graph`, cut at the results of the modules or operations that are vertices."""
 
 from __future__ import annotations
 

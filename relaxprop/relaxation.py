@@ -10,7 +10,8 @@ The paper derives (1) for layers ``x^{l+1} = f(W^l x^l)``, where the sum is ``W^
 states it for any directed acyclic graph in its equation (7). At equilibrium ``x_i = ∂L/∂x_i``.
 
 `ActivationRelaxation` below runs (1) and (2) where PyTorch would run backpropagation. Where the pieces are:
-`graph` applies the sum in (1) to all vertices at once, `solvers` integrates (1), `recording` finds the vertices.
+`graph` applies the sum in (1) to all vertices at once, `solvers` integrates (1), `vertices` finds what relaxes and
+`recording` cuts the graph there.
 Source: Millidge, Tschantz, Seth, Buckley, arXiv 2010.06219, section 2 and Algorithm 1.
 """
 
