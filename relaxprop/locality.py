@@ -36,6 +36,7 @@ from relaxprop.derivatives import _EitherWay
 from relaxprop.diagnostics import check_model, undisturbed
 from relaxprop.feedback import _SendBack
 from relaxprop.graph import Vertex, _AccumulateGrad
+from relaxprop.operations import uncompiled
 from relaxprop.recording import Recorder, map_tensors, tensors_requiring_grad
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
@@ -117,16 +118,22 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
 
     Raises:
         TypeError: ``model`` is not wrapped.
-        ValueError: its vertices are operations, of which a layer has several.
+        ValueError: its vertices are operations, of which a layer has several, or a part of it is scripted.
     """
     check_model(model)
+    for name, module in model.module.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"describe_locality cannot see into the scripted module {name or type(module).__name__!r}: describe "
+                "the model as it was before it was scripted"
+            )
     if are_operations(model.vertices):
         raise ValueError(
             "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
             "(model.module) with vertices='modules' or 'activations'"
         )
     try:
-        with undisturbed(model), torch.enable_grad():
+        with undisturbed(model), torch.enable_grad(), uncompiled():
             walk = _Walk(model, inputs)
             return Locality((*walk.states(), *walk.layers()), _schedule(model.solver))
     except TypeError as error:  # an argument is missing

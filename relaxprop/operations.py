@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ from torch.utils import _pytree as pytree
 
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _DENSE = (torch.strided, torch.jagged)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context within which compiled parts of a model run as they were written."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and the import would take a second
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 class EachOperation(TorchFunctionMode):
@@ -41,9 +49,8 @@ class EachOperation(TorchFunctionMode):
         self.cuts = cuts
 
     def __enter__(self) -> EachOperation:
-        self._eager = ExitStack()
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take a second
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code announces nothing
+        self._uncompiled = uncompiled()  # compiled code announces nothing
+        self._uncompiled.__enter__()
         self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
         self._in_function = False
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -51,7 +58,7 @@ class EachOperation(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._eager.close()
+        self._uncompiled.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

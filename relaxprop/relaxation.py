@@ -25,7 +25,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,8 @@ class ActivationRelaxation(nn.Module):
     A hook on an activity, and a full backward hook on a submodule, belongs to its Jacobian: it runs in every product
     with A. A loss that reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
 
+    The arguments are attributes, which may be set anew between two passes.
+
     Args:
         module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
         solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 with the paper's 100 steps of 0.1),
@@ -117,6 +119,14 @@ class ActivationRelaxation(nn.Module):
             since the forward pass, or the model takes another path.
     """
 
+    solver: Solver
+    vertices: Granularity | Iterable[nn.Module]
+    frozen: Frozen
+    output: OutputRule
+    check_finite: bool
+    measure_residual: bool
+    _recorder: Recorder
+
     def __init__(
         self,
         module: nn.Module,
@@ -133,50 +143,37 @@ class ActivationRelaxation(nn.Module):
             raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         if any(isinstance(m, ActivationRelaxation) for m in module.modules()):
             raise TypeError("module is, or contains, an ActivationRelaxation already: wrap the plain module once")
-        if not isinstance(solver, Solver):
-            raise TypeError(
-                "solver must be one of ClosedForm(…), Euler(…), Continuous(…), Equilibrium(), "
-                f"got {getattr(solver, '__name__', repr(solver))}"
-            )
-        if not isinstance(frozen, Frozen):
-            raise TypeError(f"frozen must be a Frozen(…), got {getattr(frozen, '__name__', repr(frozen))}")
-        check_solves(solver, frozen)
-        if output not in ("clamped", "relaxed"):
-            raise ValueError(f"output must be 'clamped' or 'relaxed', got {output!r}")
-        # A module in an attribute would be registered as a part of the wrapper; an iterator would be used up.
-        if isinstance(vertices, nn.ModuleList) or (
-            isinstance(vertices, Iterable) and not isinstance(vertices, str | nn.Module)
-        ):
-            vertices = tuple(vertices)
-        for name, value in (("check_finite", check_finite), ("measure_residual", measure_residual)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
-        find_vertices(module, vertices)
-        check_update(vertices, frozen)
         self.module = module
+        self.frozen = frozen
         self.solver = solver
         self.vertices = vertices
-        self.frozen = frozen
         self.output = output
         self.check_finite = check_finite
         self.measure_residual = measure_residual
         self.last_relaxation: Relaxation | None = None
-        self._recorder = Recorder(output, frozen)
         self._warned = False
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are checked whenever they are set, as in the constructor, and hold from the next pass on."""
+        check = _SETTINGS.get(name)
+        if check is None:
+            super().__setattr__(name, value)
+            return
+        settings = vars(self)  # past nn.Module's own way, which would make a ModuleList of vertices a submodule
+        settings[name] = check(self, value)
+        if "output" in settings and name in ("output", "frozen"):
+            settings["_recorder"] = Recorder(self.output, self.frozen)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own result."""
         if not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
+        # PyTorch has no public name for "is this inside of vmap, grad or another transform?"
+        if torch._C._are_functorch_transforms_active():
+            _refuse_transforms(self.module, args, kwargs)
         if isinstance(self.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
-        # PyTorch has no public name for "is this inside of vmap, grad or another transform?"
-        if torch._C._are_functorch_transforms_active() and any(p.requires_grad for p in self.module.parameters()):
-            raise RuntimeError(
-                "a transform of torch.func differentiates by itself, so the relaxation phase would not run: call the "
-                "wrapper outside of it and loss.backward(), or transform the plain module (wrapper.module)"
-            )
         recording = self._recorder.record(self.module, self.vertices, args, kwargs)
         if not recording.graph.outputs:
             return recording.result
@@ -212,8 +209,10 @@ class ActivationRelaxation(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        vertices = self.vertices
-        names = [vertices] if isinstance(vertices, str) else find_vertices(self.module, vertices).values()
+        vertices, parts = self.vertices, {m: name for name, m in self.module.named_modules()}
+        # A module that was chosen may have been replaced since, which the next pass will refuse.
+        chosen = () if isinstance(vertices, str) else vertices
+        names = [parts.get(m) or type(m).__name__ for m in chosen] or [str(vertices)]
         frozen = "" if self.frozen == ALL_FROZEN else f", frozen={self.frozen}"
         return f"solver={self.solver}, vertices={', '.join(names)}, output={self.output}{frozen}"
 
@@ -226,6 +225,71 @@ class ActivationRelaxation(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dictionary of the module's own kind."""
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _checked_solver(wrapper: ActivationRelaxation, solver: Any) -> Solver:
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            "solver must be one of ClosedForm(…), Euler(…), Continuous(…), Equilibrium(), "
+            f"got {getattr(solver, '__name__', repr(solver))}"
+        )
+    check_solves(solver, wrapper.frozen)
+    return solver
+
+
+def _checked_frozen(wrapper: ActivationRelaxation, frozen: Any) -> Frozen:
+    if not isinstance(frozen, Frozen):
+        raise TypeError(f"frozen must be a Frozen(…), got {getattr(frozen, '__name__', repr(frozen))}")
+    if "vertices" in vars(wrapper):  # else the constructor goes on to check them against this
+        check_solves(wrapper.solver, frozen)
+        check_update(wrapper.vertices, frozen)
+    return frozen
+
+
+def _checked_vertices(wrapper: ActivationRelaxation, vertices: Any) -> Granularity | Iterable[nn.Module]:
+    # An iterator would be used up.
+    if isinstance(vertices, nn.ModuleList) or (
+        isinstance(vertices, Iterable) and not isinstance(vertices, str | nn.Module)
+    ):
+        vertices = tuple(vertices)
+    find_vertices(wrapper.module, vertices)
+    check_update(vertices, wrapper.frozen)
+    return cast("Granularity | Iterable[nn.Module]", vertices)
+
+
+def _checked_output(_: ActivationRelaxation, output: Any) -> OutputRule:
+    if output not in get_args(OutputRule):
+        raise ValueError(f"output must be 'clamped' or 'relaxed', got {output!r}")
+    return cast(OutputRule, output)
+
+
+def _checked_switch(name: str, _: ActivationRelaxation, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+_SETTINGS: dict[str, Callable[[ActivationRelaxation, Any], Any]] = {
+    "solver": _checked_solver,
+    "vertices": _checked_vertices,
+    "frozen": _checked_frozen,
+    "output": _checked_output,
+    "check_finite": partial(_checked_switch, "check_finite"),
+    "measure_residual": partial(_checked_switch, "measure_residual"),
+}
+
+
+def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse the transforms of torch.func where there is something to differentiate by.
+
+    Raises:
+        RuntimeError: it is so.
+    """
+    if any(x.requires_grad for x in (*module.parameters(), *tensors_requiring_grad((args, kwargs)))):
+        raise RuntimeError(
+            "within a transform of torch.func (vmap, grad, …) the relaxation phase would not run: call the wrapper "
+            "outside of it and loss.backward(), or transform the plain module (wrapper.module)"
+        )
 
 
 def check_update(vertices: Granularity | Iterable[nn.Module], frozen: Frozen) -> None:

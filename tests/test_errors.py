@@ -19,6 +19,7 @@ from relaxprop import (
     Continuous,
     Equilibrium,
     Euler,
+    Frozen,
     NonFiniteStateError,
     alignment,
     convergence,
@@ -216,8 +217,30 @@ def test_second_derivatives(solver: Solver) -> None:
         backward(loss, create_graph=True)
 
 
-def test_transforms_that_differentiate_by_themselves() -> None:
-    model, x = ActivationRelaxation(mlp(3, 4, 2)), torch.zeros(2, 3)
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("solver", Euler, TypeError),
+        ("frozen", None, TypeError),
+        ("frozen", Frozen(relaxation_derivative=False), ValueError),  # the closed form cannot solve it
+        ("output", "free", ValueError),
+        ("vertices", "neurons", ValueError),
+        ("vertices", [nn.Tanh()], ValueError),
+        ("check_finite", 1, TypeError),
+        ("measure_residual", None, TypeError),
+    ],
+)
+def test_settings_that_are_set_later_are_checked_like_the_first(name: str, value: Any, error: Any) -> None:
+    model = wrap()
+    before = getattr(model, name)
+    with refuses(error, "solver" if isinstance(value, Frozen) else name):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)
+def test_transforms_that_differentiate_by_themselves(solver: Solver) -> None:
+    model, x = ActivationRelaxation(mlp(3, 4, 2), solver=solver), torch.zeros(2, 3)
     with refuses(RuntimeError, "torch.func", "loss.backward()", "wrapper.module"):
         torch.func.vmap(model)(x)
     with refuses(RuntimeError, "torch.func"):
@@ -229,6 +252,8 @@ def test_transforms_that_differentiate_by_themselves() -> None:
         assert torch.equal(torch.func.vmap(model)(x), model(x))
     model.requires_grad_(False)
     assert torch.equal(torch.func.vmap(model)(x), model(x))
+    with refuses(RuntimeError, "torch.func"):
+        torch.func.grad(lambda z: squares(model(z)))(x)
 
 
 def test_a_tensor_from_outside_that_requires_grad() -> None:

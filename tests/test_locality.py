@@ -1,6 +1,7 @@
 """`describe_locality` against tables written by hand, and against what single states reach through the graph."""
 
 import copy
+import warnings
 from typing import Any, Literal
 
 import pytest
@@ -454,6 +455,21 @@ def test_nothing_is_changed() -> None:
     assert not x.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model.training
+
+
+def test_a_compiled_activation_is_described_as_it_was_written() -> None:
+    network, x = mlp(3, 4, 2), torch.zeros(2, 3)
+    plain = report(network, x)
+    network[1].compile(backend="eager")
+    torch.compile(lambda y: y, backend="eager")(x)  # the compiler is there, as after a pass
+    assert report(network, x) == plain
+
+
+def test_a_scripted_module_cannot_be_described() -> None:
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        network = nn.Sequential(torch.jit.script(nn.Linear(3, 4)), nn.Tanh())
+    with pytest.raises(ValueError, match="scripted module '0'"):
+        report(network, torch.zeros(2, 3))
 
 
 def test_errors() -> None:

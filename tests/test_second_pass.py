@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler
+from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen
 from relaxprop.solvers import Solver
 from tests.helpers import (
     PROBLEMS,
@@ -255,5 +256,35 @@ def test_vertices_chosen_anew_hold_from_the_next_pass_on() -> None:
     for vertices, expected in (("activations", 2), ("modules", 5), (chosen, 1)):
         model.vertices = vertices  # type: ignore[assignment]
         assert vertices_that_relaxed() == expected
-    chosen.append(model.module.get_submodule("3"))
+    model.vertices = nn.ModuleList([*chosen, model.module.get_submodule("3")])
     assert vertices_that_relaxed() == 2
+    model.vertices = (m for m in model.module.children() if not isinstance(m, nn.Linear))
+    for _ in range(2):
+        assert vertices_that_relaxed() == 2
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"solver": Euler(0.3, 4)},
+    {"frozen": Frozen(update_activity=False)},
+    {"frozen": Frozen(update_derivative=False), "output": "relaxed"},
+    {"output": "relaxed"},
+    {"vertices": "modules"},
+    {"solver": Euler(0.3, 4), "frozen": Frozen(relaxation_derivative=False)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_that_are_set_later_are_those_of_a_new_wrapper(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network, x = mlp(3, 4, 4, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    model = ActivationRelaxation(network, solver=ClosedForm(0.3, 4))
+    before = gradients(model, [x])
+    for name, value in settings.items():
+        setattr(model, name, value)
+    found = gradients(model, [x])
+    assert_same_gradients(
+        found, gradients(ActivationRelaxation(network, **{"solver": ClosedForm(0.3, 4)} | settings), [x])
+    )
+    if list(settings) != ["solver"]:
+        with pytest.raises(AssertionError):
+            assert_same_gradients(found, before)
