@@ -75,7 +75,8 @@ class ActivationRelaxation(nn.Module):
     (Millidge et al., arXiv 2010.06219, Algorithm 1; a state x_i has the shape of its activity x̄_i.)
 
     Everything else stays as it is: the loss, the optimiser, the training loop. The state dictionary is that of
-    ``module``, without a prefix. In evaluation (``torch.no_grad()``) the module is called directly.
+    ``module``, without a prefix (``named_parameters`` have the prefix ``module.``, as of any part). In evaluation
+    (``torch.no_grad()``) the module is called directly.
 
     The initial state of the relaxation phase is the feedforward activity, whatever the loss's scale. So with a finite
     number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
