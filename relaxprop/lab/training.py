@@ -54,7 +54,9 @@ def train(
     if record is not None and len(finished := record.finished_epochs()) >= config.epochs:
         return finished[: config.epochs]
     if not dataset.is_images and config.loss == "squared-error":
-        raise models.ModelError(f"{dataset.name} has a label at every place of a text: train it with --loss cross-entropy")
+        raise models.ModelError(
+            f"{dataset.name} has a label at every place of a text: train it with --loss cross-entropy"
+        )
     if config.signed_inputs:
         dataset = dataset.signed()
     model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
