@@ -183,7 +183,7 @@ class ActivationRelaxation(nn.Module):
 
     def _is_reverse_mode(self) -> bool:
         """Whether the gradients at equilibrium are those of one reverse sweep."""
-        return self.frozen == ALL_FROZEN and not self.measure_residual and not differs_by_phase(self.module)
+        return not (self._recorder.runs_again or self.measure_residual or differs_by_phase(self.module))
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
@@ -195,7 +195,7 @@ class ActivationRelaxation(nn.Module):
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
             for tensor in tensors_requiring_grad(output):
-                if _is_computed(tensor):
+                if tensor.grad_fn is not None:  # else it outlives this pass, and a hook on it would too
                     watch(tensor, vertices[module])
 
         def at_output(gradient: Tensor) -> None:
@@ -205,8 +205,9 @@ class ActivationRelaxation(nn.Module):
         each = self.check_finite and are_operations(self.vertices)
         with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
             result = self.module(*args, **kwargs)
-        for tensor in filter(_is_computed, {id(t): t for t in tensors_requiring_grad(result)}.values()):
-            tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
+        for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
+            if tensor.grad_fn is not None:
+                tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
         return result
 
     def extra_repr(self) -> str:
@@ -376,11 +377,6 @@ def _relax(
 
 def _keep_record(wrapper: ActivationRelaxation, record: Relaxation) -> None:
     vars(wrapper)["last_relaxation"] = record  # past nn.Module's own way to set attributes, which looks for parameters
-
-
-def _is_computed(tensor: Tensor) -> bool:
-    """Whether the tensor, and with it a hook on it, lives for this pass only."""
-    return tensor.grad_fn is not None
 
 
 def _refuse_second_derivative() -> None:
