@@ -307,6 +307,16 @@ def test_printing_shows_what_the_wrapper_does() -> None:
 # -------------------------------------------------------------------------------------------------------------- record
 
 
+def test_a_model_prints_though_a_chosen_vertex_was_replaced() -> None:
+    network = mlp(3, 4, 4, 2)
+    model = ActivationRelaxation(network, vertices=[network[1], network[3]])
+    assert "vertices=1, 3" in repr(model)
+    network[3] = nn.ReLU()
+    assert "vertices=1, Tanh" in repr(model)
+    with pytest.raises(ValueError, match="a Tanh that is not part of the Sequential"):
+        model(torch.zeros(2, 3))
+
+
 @pytest.mark.parametrize("solver", SOLVERS + STOPPED_EARLY, ids=lambda s: f"{name_of(s)}-{s}")
 def test_the_record_of_the_latest_backward_pass(solver: Solver) -> None:
     module, x = Branches().double(), torch.randn(2, 4).double()
