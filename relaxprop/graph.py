@@ -313,8 +313,6 @@ class Graph:
         Raises:
             ValueError: the factors differ and a parameter is read outside of the module that it belongs to.
         """
-        if self.rerun is None and not self.phase.differs:
-            return self.gradients(states, [*inputs, *parameters], retain_graph=retain_graph)
         frozen, stored = self.frozen, self.stored
         update_is_stored = frozen.update_derivative and frozen.update_activity
         current = stored

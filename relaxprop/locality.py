@@ -40,7 +40,7 @@ from relaxprop.operations import uncompiled
 from relaxprop.recording import Recorder, map_tensors, tensors_requiring_grad
 from relaxprop.relaxation import ActivationRelaxation
 from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
-from relaxprop.vertices import are_operations, find_layers
+from relaxprop.vertices import are_operations, find_layers, named_parts
 
 KINDS = {
     "weight transport": "W is known only to its layer's own synapses, but carries an error back",
@@ -121,11 +121,11 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
         ValueError: its vertices are operations, of which a layer has several, or a part of it is scripted.
     """
     check_model(model)
-    for name, module in model.module.named_modules():
+    for module, name in named_parts(model.module).items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"describe_locality cannot see into the scripted module {name or type(module).__name__!r}: describe "
-                "the model as it was before it was scripted"
+                f"describe_locality cannot see into the scripted module {name!r}: describe the model as it was before "
+                "it was scripted"
             )
     if are_operations(model.vertices):
         raise ValueError(

@@ -37,7 +37,7 @@ from relaxprop.operations import EachOperation
 from relaxprop.recording import OutputRule, Recorder, Recording, map_tensors, tensors_requiring_grad
 from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves
 from relaxprop.transients import steps_to_converge
-from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices
+from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
 
 
 class NonFiniteStateError(FloatingPointError):
@@ -211,10 +211,9 @@ class ActivationRelaxation(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        vertices, parts = self.vertices, {m: name for name, m in self.module.named_modules()}
+        vertices, parts = self.vertices, named_parts(self.module)
         # A module that was chosen may have been replaced since, which the next pass will refuse.
-        chosen = () if isinstance(vertices, str) else vertices
-        names = [parts.get(m) or type(m).__name__ for m in chosen] or [str(vertices)]
+        names = [vertices] if isinstance(vertices, str) else [parts.get(m, type(m).__name__) for m in vertices]
         frozen = "" if self.frozen == ALL_FROZEN else f", frozen={self.frozen}"
         return f"solver={self.solver}, vertices={', '.join(names)}, output={self.output}{frozen}"
 

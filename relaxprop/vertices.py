@@ -34,11 +34,11 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
         if are_operations(vertices):
             return {}
         is_vertex = is_activation if vertices == "activations" else _is_one_piece
-        found = {m: name for m, name in _parts(module).items() if is_vertex(m)}
+        found = {m: name for m, name in named_parts(module).items() if is_vertex(m)}
     else:
         if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
             raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
-        names, found = _parts(module), {}
+        names, found = named_parts(module), {}
         for submodule in vertices:
             if not isinstance(submodule, nn.Module):
                 raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
@@ -97,9 +97,11 @@ def _is_one_piece(module: nn.Module) -> bool:
     return _has_no_submodules(module) or isinstance(module, torch.jit.ScriptModule)
 
 
-def _parts(module: nn.Module) -> dict[nn.Module, str]:
-    """``named_modules``, without its nested generators, which cost as much as a small layer in every forward pass, and
-    without what is inside of scripted modules, where no hook runs."""
+def named_parts(module: nn.Module) -> dict[nn.Module, str]:
+    """The modules by name, ``module`` itself by its class's, without what is inside of scripted ones: no hook runs there.
+
+    ``named_modules`` would cost as much as a small layer in every forward pass.
+    """
     parts = {module: type(module).__name__}
     if not isinstance(module, torch.jit.ScriptModule):
         _add_children(module, "", parts)
