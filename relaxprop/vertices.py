@@ -98,7 +98,7 @@ def _is_one_piece(module: nn.Module) -> bool:
 
 
 def named_parts(module: nn.Module) -> dict[nn.Module, str]:
-    """The modules by name, ``module`` itself by its class's, without what is inside of scripted ones: no hook runs there.
+    """The modules by name, ``module`` itself by its class's, but for those within scripted ones, where no hook runs.
 
     ``named_modules`` would cost as much as a small layer in every forward pass.
     """
