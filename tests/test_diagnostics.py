@@ -23,22 +23,9 @@ from relaxprop import (
 )
 from relaxprop.recording import OutputRule
 from relaxprop.transients import Order
-from tests.helpers import (
-    PROBLEMS,
-    Gradients,
-    LiteralBranches,
-    LiteralChain,
-    Problem,
-    backward,
-    distance,
-    gradients,
-    literal_problems,
-    mlp,
-    name_of,
-    regularised,
-    relax,
-    squares,
-)
+from tests.compare import Gradients, backward, distance, gradients, squares
+from tests.literal import LiteralBranches, LiteralChain, literal_problems, relax
+from tests.problems import PROBLEMS, Problem, mlp, name_of, regularised
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 

@@ -26,7 +26,8 @@ from relaxprop import (
     steps_to_converge,
 )
 from relaxprop.solvers import Solver
-from tests.helpers import backward, gradients, mlp, name_of, squares
+from tests.compare import backward, gradients, squares
+from tests.problems import mlp, name_of
 
 
 @contextmanager

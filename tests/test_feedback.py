@@ -14,18 +14,9 @@ from torch import Tensor, nn
 from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, alignment, drop_derivatives, use_feedback
 from relaxprop.feedback import FeedbackRule
 from relaxprop.solvers import Solver
-from tests.helpers import (
-    Branches,
-    LiteralChain,
-    assert_literal,
-    assert_same,
-    backward,
-    backwards,
-    gradients,
-    mlp,
-    relax,
-    squares,
-)
+from tests.compare import assert_literal, assert_same, backward, gradients, squares
+from tests.literal import LiteralChain, backwards, relax
+from tests.problems import Branches, mlp
 
 SOLVERS: tuple[Solver, ...] = (
     ClosedForm(0.3, 9),

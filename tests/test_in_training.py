@@ -11,22 +11,9 @@ from torch import Tensor, nn
 
 from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen, use_feedback
 from relaxprop.solvers import Solver
-from tests.helpers import (
-    PROBLEMS,
-    SOLVERS,
-    Gradients,
-    LiteralChain,
-    Problem,
-    assert_same,
-    assert_same_gradients,
-    backward,
-    gradients,
-    mlp,
-    name_of,
-    regularised,
-    relax,
-    squares,
-)
+from tests.compare import Gradients, assert_same, assert_same_gradients, backward, gradients, squares
+from tests.literal import LiteralChain, relax
+from tests.problems import PROBLEMS, SOLVERS, Problem, mlp, name_of, regularised
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name_of)

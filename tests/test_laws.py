@@ -14,15 +14,8 @@ from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium,
 from relaxprop.graph import Graph, States, Vertex
 from relaxprop.solvers import Solver
 from relaxprop.transients import Order, discrete_hops
-from tests.helpers import (
-    PROBLEMS,
-    SOLVERS,
-    STOPPED_EARLY,
-    Branches,
+from tests.compare import (
     Gradients,
-    LiteralChain,
-    Problem,
-    activity_gradients,
     assert_same,
     assert_same_gradients,
     backward,
@@ -30,13 +23,11 @@ from tests.helpers import (
     driven_graph,
     gradients,
     largest_distance,
-    literal_problems,
-    mlp,
-    name_of,
     random_states,
-    relax,
     squares,
 )
+from tests.literal import LiteralChain, literal_problems, relax
+from tests.problems import PROBLEMS, SOLVERS, STOPPED_EARLY, Branches, Problem, activity_gradients, mlp, name_of
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name_of)

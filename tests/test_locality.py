@@ -21,20 +21,8 @@ from relaxprop import (
 from relaxprop.feedback import FeedbackRule
 from relaxprop.locality import Locality, Reads, describe_locality
 from relaxprop.solvers import Solver
-from tests.helpers import (
-    PROBLEMS,
-    Branches,
-    Nested,
-    Problem,
-    Shared,
-    Unrolled,
-    backward,
-    mlp,
-    name_of,
-    random_states,
-    regularised,
-    squares,
-)
+from tests.compare import backward, random_states, squares
+from tests.problems import PROBLEMS, Branches, Nested, Problem, Shared, Unrolled, mlp, name_of, regularised
 
 
 def report(module: nn.Module, *inputs: Any, **options: Any) -> Locality:
@@ -64,7 +52,6 @@ def layer(name: str, activities: tuple[str, ...], *more: tuple[str, ...]) -> Rea
 
 
 # ------------------------------------------------------------------------------------------------------- by hand
-
 
 BASELINE = (
     state(

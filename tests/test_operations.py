@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -34,20 +34,9 @@ from relaxprop import (
     use_feedback,
 )
 from relaxprop.solvers import Solver
-from tests.helpers import (
-    PROBLEMS,
-    SOLVERS,
-    Gradients,
-    Problem,
-    assert_same,
-    assert_same_gradients,
-    backward,
-    gradients,
-    mlp,
-    name_of,
-    relax,
-    squares,
-)
+from tests.compare import Gradients, assert_same, assert_same_gradients, backward, gradients, squares
+from tests.literal import LiteralOperations, Operation, relax
+from tests.problems import PROBLEMS, SOLVERS, Problem, mlp, name_of
 
 CONVERGED: tuple[Solver, ...] = (
     Equilibrium(),
@@ -127,50 +116,6 @@ def assert_as_plain(make: Callable[[], nn.Module], inputs: Sequence[Any], tolera
 
 
 # ------------------------------------------------------------------------------------------------------- a literal loop
-
-
-class Operation(NamedTuple):
-    name: str
-    function: Callable[..., Tensor]
-    reads: str  # names of operations and of what is given, with spaces between them
-
-
-class LiteralOperations:
-    """Operations in the order of the forward pass, the last one the output, with the loss `squares` of it.
-
-    A view or a write in place is part of the operation that reads it.
-    """
-
-    def __init__(self, operations: Sequence[Operation], given: dict[str, Tensor]) -> None:
-        self.operations = operations
-        self.given = {name: x.detach() for name, x in given.items()}
-        self.values = dict(self.given)
-        for name, function, reads in operations:
-            self.values[name] = function(*(self.values[r] for r in reads.split())).detach()
-        self.error = 2 * (self.values[operations[-1].name] - 0.3)
-        self.activities = [self.values[o.name] for o in operations[:-1]] + [self.error]
-        self.unfrozen_relaxation = self.unfrozen_update = False
-
-    def arriving(self, x: Sequence[Tensor], unfrozen: bool) -> dict[str, Tensor]:
-        """Σ_j x_j ∂x_j/∂x_i for all i, one operation after the other, at x̄ or at x."""
-        states = dict(zip((o.name for o in self.operations), x, strict=True))
-        at = self.values | states if unfrozen else self.values
-        total = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        for name, function, reads in self.operations:
-            leaves = {r: at[r].clone().requires_grad_() for r in reads.split()}
-            result = function(*(leaves[r] for r in reads.split()))
-            products = torch.autograd.grad(result, list(leaves.values()), states[name])
-            for r, product in zip(leaves, products, strict=True):
-                total[r] = total[r] + product
-        return total
-
-    def drive(self, x: Sequence[Tensor]) -> list[Tensor]:
-        total = self.arriving(x, self.unfrozen_relaxation)
-        return [total[o.name] for o in self.operations[:-1]] + [self.error]
-
-    def gradients(self, x: Sequence[Tensor]) -> Gradients:
-        errors, updates = self.arriving(x, self.unfrozen_relaxation), self.arriving(x, self.unfrozen_update)
-        return {name: (errors if name == "input 0" else updates)[name] for name in self.given}
 
 
 class Attention(nn.Module):

@@ -1,7 +1,6 @@
 """What is not frozen, on any model: its forward pass runs again at the current states, and leaves no trace.
 
-The oracle is `literal`, a slow loop: it cuts a model at its vertices and at its layers with hooks of its own, and takes
-every Jacobian by plain autograd.
+The oracle is `literal_gradients`, a slow loop for any model.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,181 +16,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
-from torch.utils import _pytree as pytree
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen
 from relaxprop.solvers import Solver
-from relaxprop.vertices import find_layers, find_vertices
-from tests.helpers import (
-    PROBLEMS,
-    Gradients,
-    OwnLoss,
-    Problem,
-    Unrolled,
+from tests.compare import (
     assert_literal,
     assert_same,
     assert_same_gradients,
     backward,
     gradients,
     largest_distance,
-    mlp,
     squares,
 )
+from tests.literal_by_hooks import literal_gradients
+from tests.problems import COMBINATIONS, PROBLEMS, OwnLoss, Problem, Unrolled, mlp, name_of
 
 A = Frozen(relaxation_derivative=False)
 B = Frozen(update_derivative=False)
 C = Frozen(relaxation_derivative=False, update_derivative=False)
 D = Frozen(update_activity=False)
 NOTHING = Frozen(relaxation_derivative=False, update_derivative=False, update_activity=False)
-COMBINATIONS = [
-    Frozen(r, u, a, i) for r, u, a, i in product((True, False), repeat=4) if i or not (r and u and a)
-]  # fmt: skip
 EULER = Euler(0.3, 4)
 
+every_combination = pytest.mark.parametrize("frozen", COMBINATIONS, ids=name_of)
 
-def shown(value: Any) -> str:
-    if isinstance(value, Frozen):
-        return "+".join(name for name, stored in vars(value).items() if not stored) or "all"
-    return value.name if isinstance(value, Problem) else str(value)
-
-
-every_combination = pytest.mark.parametrize("frozen", COMBINATIONS, ids=shown)
-every_condition = pytest.mark.parametrize("frozen", [A, B, C, D, NOTHING], ids=shown)
+every_condition = pytest.mark.parametrize("frozen", [A, B, C, D, NOTHING], ids=name_of)
 
 
 # --------------------------------------------------------------------------------------------------------- the oracle
 
 
-@dataclass
-class Cut:
-    """One run of a model, cut at the inputs, at every vertex and, if so asked, behind every layer."""
-
-    inputs: list[Tensor]
-    outputs: list[Tensor]  # of the vertices, attached to what computed them
-    leaves: list[Tensor]  # what the rest of the model reads of them
-    layers: list[Tensor]
-    results: list[Tensor]
-    result: Any
-
-
-def cut(
-    problem: Problem,
-    module: nn.Module,
-    inputs: Any,
-    input_values: Sequence[Tensor] = (),
-    values: Sequence[Tensor] = (),
-    *,
-    behind_layers: bool = False,
-) -> Cut:
-    run = Cut([], [], [], [], [], None)
-
-    def at_input(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        value = input_values[len(run.inputs)] if input_values else x
-        run.inputs.append(value.detach().clone().requires_grad_())
-        return run.inputs[-1].clone()
-
-    def at_vertex(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        value = values[len(run.outputs)] if values else output
-        run.outputs.append(output.clone())
-        run.leaves.append(value.detach().clone().requires_grad_())
-        return run.leaves[-1].clone()
-
-    def at_layer(_module: nn.Module, _args: Any, output: Any) -> Any:
-        def noted(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            run.layers.append(x.clone())
-            # A leaf, so that the vertices behind it still have something to be trained above them.
-            return x.detach().requires_grad_().clone() if behind_layers else run.layers[-1].clone()
-
-        return pytree.tree_map(noted, output)
-
-    handles = [m.register_forward_hook(at_layer) for m in find_layers(module)]
-    handles += [m.register_forward_hook(at_vertex) for m in find_vertices(module, problem.vertices)]
-    buffers = [(m, name, b.clone()) for m in module.modules() for name, b in m.named_buffers(recurse=False)]
-    torch.manual_seed(2)
-    arguments = pytree.tree_map(lambda x: at_input(x) if isinstance(x, Tensor) else x, tuple(inputs))
-    run.result = module(*arguments)
-    for owner, name, value in buffers:
-        setattr(owner, name, value)
-    for handle in handles:
-        handle.remove()
-    run.results = [x for x in pytree.tree_leaves(run.result) if isinstance(x, Tensor) and x.requires_grad]
-    return run
-
-
-def products(of: Sequence[Tensor], by: Sequence[Tensor], pushed: Sequence[Tensor | None]) -> list[Tensor]:
-    pairs = [(y, g) for y, g in zip(of, pushed, strict=True) if g is not None and y.requires_grad]
-    found = torch.autograd.grad([y for y, _ in pairs], list(by), [g for _, g in pairs], allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
-
-
-def literal(problem: Problem, frozen: Frozen, step_size: float = 0.3, num_steps: int = 4) -> Gradients:
-    """Algorithm 1 with simultaneous steps, every Jacobian where ``frozen`` says."""
-    module, inputs = problem.build()
-    stored = cut(problem, module, inputs)
-    ends = [x.detach().requires_grad_() for x in stored.results]
-    given = iter(ends)
-    loss = problem.loss(
-        pytree.tree_map(lambda x: next(given) if isinstance(x, Tensor) and x.requires_grad else x, stored.result)
-    )
-    driven = list(torch.autograd.grad(loss, ends, allow_unused=True))
-    n = len(stored.inputs)
-    x = [leaf.detach() for leaf in (*stored.inputs, *stored.leaves)]
-    if problem.ends_in_vertex:
-        assert driven[0] is not None
-        x[-1] = driven[0]
-    # A vertex, or an input, that the loss does not depend on keeps its activity.
-    reached = [False] * len(x)
-    for _ in x:
-        pairs = [(y, y.detach()) for y, r in zip(stored.outputs, reached[n:], strict=True) if r]
-        pairs += [(y, g) for y, g in zip(stored.results, driven, strict=True) if g is not None]
-        ends_of_paths = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [*stored.inputs, *stored.leaves],
-            [g for _, g in pairs],
-            allow_unused=True,
-            retain_graph=True,
-        )
-        reached = [r or g is not None for r, g in zip(reached, ends_of_paths, strict=True)]
-
-    def run(behind_layers: bool = False) -> Cut:
-        return cut(problem, module, inputs, x[:n] if not frozen.input else (), x[n:], behind_layers=behind_layers)
-
-    def stored_run(behind_layers: bool = False) -> Cut:
-        return cut(problem, module, inputs, behind_layers=behind_layers)
-
-    def pushed(states: Sequence[Tensor]) -> list[Tensor | None]:
-        return [*[y if r else None for y, r in zip(states[n:], reached[n:], strict=True)], *driven]
-
-    def drive(at: Cut) -> list[Tensor]:
-        return products([*at.outputs, *at.results], [*at.inputs, *at.leaves], pushed(x))
-
-    def moves(i: int) -> bool:
-        if problem.ends_in_vertex and i == len(x) - 1:
-            return False
-        return reached[i] and (i >= n or not frozen.input)
-
-    for _ in range(num_steps):
-        d = drive(stored_run() if frozen.relaxation_derivative else run())
-        x = [x_i + step_size * (d_i - x_i) if moves(i) else x_i for i, (x_i, d_i) in enumerate(zip(x, d, strict=True))]
-    errors = x[:n]
-    if frozen.input:
-        errors = drive(stored_run() if frozen.relaxation_derivative else run())[:n]
-    errors = [e if r else torch.zeros_like(e) for e, r in zip(errors, reached, strict=False)]
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    at = stored_run() if frozen.update_derivative else run()
-    deltas = products([*at.outputs, *at.results], at.layers, pushed(x))
-    behind = (stored_run if frozen.update_activity else run)(behind_layers=True)
-    found = products(behind.layers, list(parameters.values()), deltas)
-    gradients: Gradients = {f"input {i}": e for i, e in enumerate(errors)}
-    return gradients | dict(zip(parameters, found, strict=True))
-
-
 def assert_as_literal(problem: Problem, frozen: Frozen) -> None:
-    expected = literal(problem, frozen)
+    expected = literal_gradients(problem, frozen)
     found = problem.gradients(EULER, frozen=frozen)
     for name, gradient in expected.items():
         assert gradient is not None
@@ -366,7 +220,7 @@ UNUSUAL = [
 
 
 @every_combination
-@pytest.mark.parametrize("problem", [*PROBLEMS, *UNUSUAL], ids=shown)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *UNUSUAL], ids=name_of)
 def test_on_any_model(problem: Problem, frozen: Frozen) -> None:
     assert_as_literal(problem, frozen)
 
@@ -661,7 +515,7 @@ def test_two_passes_and_two_backward_passes(frozen: Frozen) -> None:
 
 
 @pytest.mark.parametrize("solver", [EULER, ClosedForm(0.3, 4), Continuous(2.0), Equilibrium()], ids=str)
-@pytest.mark.parametrize("problem", PROBLEMS, ids=shown)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
 def test_all_frozen_is_the_default(problem: Problem, solver: Solver) -> None:
     found, expected = problem.gradients(solver, frozen=Frozen(True, True, True, True)), problem.gradients(solver)
     assert found.keys() == expected.keys()
@@ -670,7 +524,7 @@ def test_all_frozen_is_the_default(problem: Problem, solver: Solver) -> None:
         assert (actual is None and gradient is None) or torch.equal(actual, gradient)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("frozen", [A, B, C], ids=shown)
+@pytest.mark.parametrize("frozen", [A, B, C], ids=name_of)
 @pytest.mark.parametrize("solver", [EULER, Continuous(2.0)], ids=str)
 def test_a_linear_network_has_one_derivative(frozen: Frozen, solver: Solver) -> None:
     def network() -> nn.Module:
@@ -702,7 +556,7 @@ FREE = [problem for problem in PROBLEMS if not problem.ends_in_vertex and proble
 
 
 @every_combination
-@pytest.mark.parametrize("problem", FREE, ids=shown)
+@pytest.mark.parametrize("problem", FREE, ids=name_of)
 def test_states_that_have_not_moved_are_activities(problem: Problem, frozen: Frozen) -> None:
     still = Euler(1e-9, 1)
     found, expected = problem.gradients(still, frozen=frozen), problem.gradients(still)
@@ -715,7 +569,7 @@ def test_states_that_have_not_moved_are_activities(problem: Problem, frozen: Fro
 
 
 @pytest.mark.parametrize("solver", [ClosedForm(), ClosedForm(0.3, 4, order="sequential"), Equilibrium()], ids=str)
-@pytest.mark.parametrize("frozen", [A, C, NOTHING], ids=shown)
+@pytest.mark.parametrize("frozen", [A, C, NOTHING], ids=name_of)
 def test_solvers_of_a_linear_relaxation(solver: Solver, frozen: Frozen) -> None:
     with pytest.raises(ValueError, match=rf"{type(solver).__name__}.*relaxation_derivative=False.*Euler.*Continuous"):
         ActivationRelaxation(mlp(4, 5, 2), solver=solver, frozen=frozen)

@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen
 from relaxprop.solvers import Solver
-from tests.helpers import (
-    PROBLEMS,
-    STOPPED_EARLY,
-    Problem,
-    assert_same,
-    assert_same_gradients,
-    backward,
-    gradients,
-    mlp,
-    squares,
-)
+from tests.compare import assert_same, assert_same_gradients, backward, gradients, squares
+from tests.problems import PROBLEMS, STOPPED_EARLY, Problem, mlp
 
 
 @pytest.mark.parametrize("solver", STOPPED_EARLY, ids=str)

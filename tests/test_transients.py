@@ -12,7 +12,8 @@ from scipy import stats
 
 from relaxprop import ActivationRelaxation, Euler, steps_to_converge
 from relaxprop.transients import Hops, Order, continuous_hops, discrete_hops
-from tests.helpers import gradients, largest_distance, mlp, squares
+from tests.compare import gradients, largest_distance, squares
+from tests.problems import mlp
 
 ORDERS: tuple[Order, ...] = ("simultaneous", "sequential", "asynchronous")
 SCHEDULES = [(1, 0.1, 1), (4, 0.1, 100), (12, 0.5, 7), (5, 1e-3, 5000), (30, 0.9, 40), (6, 0.99, 3), (3, 0.1, 2000)]

@@ -12,22 +12,18 @@ from torch import Tensor, nn
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.solvers import Solver
-from tests.helpers import (
+from tests.compare import assert_same_gradients, backward, gradients, largest_distance, squares
+from tests.literal import LiteralChain
+from tests.problems import (
     PROBLEMS,
     SOLVERS,
     STOPPED_EARLY,
     Branches,
-    LiteralChain,
     Problem,
     activity_gradients,
-    assert_same_gradients,
-    backward,
-    gradients,
-    largest_distance,
     mlp,
     name_of,
     regularised,
-    squares,
 )
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
