@@ -1,3 +1,5 @@
+"""The benchmark measures every rule's time and memory against backpropagation."""
+
 from __future__ import annotations
 
 import torch

@@ -1,3 +1,5 @@
+"""Data sets as they are read, and the models that are built for them."""
+
 from __future__ import annotations
 
 import argparse

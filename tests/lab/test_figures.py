@@ -1,3 +1,5 @@
+"""Figures and tables from files of runs, and the statistics in them."""
+
 from __future__ import annotations
 
 import csv

@@ -1,3 +1,5 @@
+"""What holds on complete real data only; it runs where RELAXPROP_DATA names a folder."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""A run of training: its loop, what it leaves, and how it goes on after an interruption."""
+
 from __future__ import annotations
 
 import json
