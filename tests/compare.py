@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from relaxprop import ActivationRelaxation
 from relaxprop.graph import Graph, States
 from relaxprop.recording import Recorder
 from relaxprop.vertices import Granularity
@@ -55,6 +58,16 @@ def largest_distance(actual: Gradients, expected: Gradients) -> float:
     return max(distance(a, e) for a, e in pairs if a is not None and e is not None)
 
 
+@contextmanager
+def refuses(error: type[Exception], *parts: str) -> Iterator[None]:
+    """Exactly this type of error is raised, and its message holds all the parts."""
+    with pytest.raises(error) as caught:
+        yield
+    assert type(caught.value) is error
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is missing in: {caught.value}"
+
+
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
@@ -85,6 +98,17 @@ def gradients(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Ten
     backward(loss(model(*arguments)))
     found: Gradients = {f"input {i}": x.grad for i, x in enumerate(arrived)}
     return found | {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+
+
+def of_parameters(module: nn.Module) -> Gradients:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def both(plain: nn.Module, model: ActivationRelaxation, use: Callable[[nn.Module], Any]) -> None:
+    """Does the same with a plain module and with its wrapped copy, and compares the gradients that are left."""
+    use(plain)
+    use(model)
+    assert_same_gradients(of_parameters(model.module), of_parameters(plain))
 
 
 def driven_graph(

@@ -17,11 +17,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relaxprop import (
-    Continuous,
-    Equilibrium,
-    Frozen,
-)
+from relaxprop import Continuous, Equilibrium, Frozen
 from relaxprop.solvers import Solver
 from tests.compare import Gradients
 from tests.problems import Branches, cnn, mlp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -93,6 +94,12 @@ def mlp(*sizes: int) -> nn.Sequential:
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
+
+
+def twins(solver: Solver, *sizes: int) -> tuple[nn.Sequential, ActivationRelaxation]:
+    """A plain network and a wrapped copy of it."""
+    plain = mlp(*sizes).double()
+    return plain, ActivationRelaxation(copy.deepcopy(plain), solver=solver)
 
 
 def cnn() -> nn.Sequential:
@@ -282,3 +289,11 @@ STOPPED_EARLY: tuple[Solver, ...] = (
 COMBINATIONS = [
     Frozen(r, u, a, i) for r, u, a, i in product((True, False), repeat=4) if i or not (r and u and a)
 ]  # fmt: skip
+
+# The conditions under which one quantity or several are taken at the current states.
+A = Frozen(relaxation_derivative=False)
+B = Frozen(update_derivative=False)
+C = Frozen(relaxation_derivative=False, update_derivative=False)
+D = Frozen(update_activity=False)
+NOTHING = Frozen(relaxation_derivative=False, update_derivative=False, update_activity=False)
+CONDITIONS = (A, B, C, D, NOTHING)

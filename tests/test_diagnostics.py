@@ -24,7 +24,7 @@ from relaxprop import (
 from relaxprop.recording import OutputRule
 from relaxprop.transients import Order
 from tests.compare import Gradients, backward, distance, gradients, squares
-from tests.literal import LiteralBranches, LiteralChain, literal_problems, relax
+from tests.literal import literal_problems, relax
 from tests.problems import PROBLEMS, Problem, mlp, name_of, regularised
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
@@ -289,19 +289,6 @@ def test_the_models_own_solver_is_the_default() -> None:
         assert convergence(ActivationRelaxation(chain, solver=solver), squares, z).solver == steps
     for model in (ActivationRelaxation(chain, solver=Continuous()), ActivationRelaxation(chain, solver=Equilibrium())):
         assert convergence(model, squares, z, solver=Euler(0.2, 3)).solver == Euler(0.2, 3)
-
-
-def test_literal_networks_agree_with_autograd() -> None:
-    """The oracle itself: states at equilibrium give autograd's gradients."""
-    for module, z, literal in literal_problems():
-        assert isinstance(literal, LiteralChain | LiteralBranches)
-        settled, exact = literal.gradients(relax(literal, 1.0, 3, "simultaneous")), gradients(module, (z,))
-        assert settled.keys() == exact.keys()
-        for name, g in exact.items():
-            found = settled[name]
-            assert found is not None
-            assert g is not None
-            assert distance(found, g) < 1e-13
 
 
 def test_convergence_wants_everything_frozen() -> None:

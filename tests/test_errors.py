@@ -1,9 +1,10 @@
 """Bad input gets an error that names the parameter, the value received and what is allowed."""
 
+from __future__ import annotations
+
 import math
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 from typing import Any
@@ -26,19 +27,8 @@ from relaxprop import (
     steps_to_converge,
 )
 from relaxprop.solvers import Solver
-from tests.compare import backward, gradients, squares
-from tests.problems import mlp, name_of
-
-
-@contextmanager
-def refuses(error: type[Exception], *parts: str) -> Iterator[None]:
-    """Exactly this type of error is raised, and its message holds all the parts."""
-    with pytest.raises(error) as caught:
-        yield
-    assert type(caught.value) is error
-    for part in parts:
-        assert part in str(caught.value), f"{part!r} is missing in: {caught.value}"
-
+from tests.compare import backward, gradients, refuses, squares
+from tests.problems import NOTHING, A, C, mlp, name_of
 
 # ------------------------------------------------------------------------------------------------------------- solvers
 
@@ -211,32 +201,47 @@ def test_no_vertex_found() -> None:
         wrap(linear, vertices=[])
 
 
+def test_a_model_that_calls_none_of_its_vertices_is_told_so() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.act = nn.Linear(3, 2), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+    model = ActivationRelaxation(Functional())
+    with pytest.warns(UserWarning, match="none of the vertices .act, …. was called.*vertices='modules'"):
+        model(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), ClosedForm(0.3, 4, order="sequential"), Equilibrium()], ids=str)
+@pytest.mark.parametrize("frozen", [A, C, NOTHING], ids=name_of)
+def test_solvers_of_a_linear_relaxation(solver: Solver, frozen: Frozen) -> None:
+    with pytest.raises(ValueError, match=rf"{type(solver).__name__}.*relaxation_derivative=False.*Euler.*Continuous"):
+        ActivationRelaxation(mlp(4, 5, 2), solver=solver, frozen=frozen)
+    with pytest.raises(ValueError, match=r"ClosedForm.*Euler.*Continuous"):
+        ActivationRelaxation(mlp(4, 5, 2), frozen=frozen)
+
+
+def test_values_of_frozen() -> None:
+    with pytest.raises(ValueError, match=r"input=False has no effect.*update_activity"):
+        Frozen(input=False)
+    for name in vars(Frozen()):
+        for value in (0, None, "no", torch.tensor(True)):
+            with pytest.raises(TypeError, match=f"{name} must be True or False"):
+                Frozen(**{name: value})  # type: ignore[arg-type]
+    wrong: list[Any] = [Frozen, True, False, None, "b"]
+    for value in wrong:
+        with pytest.raises(TypeError, match=r"frozen must be a Frozen\(…\)"):
+            ActivationRelaxation(mlp(4, 5, 2), frozen=value)
+
+
 @pytest.mark.parametrize("solver", [ClosedForm(), Euler(), Equilibrium()], ids=name_of)
 def test_second_derivatives(solver: Solver) -> None:
     loss = squares(wrap(solver=solver)(torch.randn(2, 3)))
     with refuses(RuntimeError, "create_graph", "second derivative"):
         backward(loss, create_graph=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error"),
-    [
-        ("solver", Euler, TypeError),
-        ("frozen", None, TypeError),
-        ("frozen", Frozen(relaxation_derivative=False), ValueError),  # the closed form cannot solve it
-        ("output", "free", ValueError),
-        ("vertices", "neurons", ValueError),
-        ("vertices", [nn.Tanh()], ValueError),
-        ("check_finite", 1, TypeError),
-        ("measure_residual", None, TypeError),
-    ],
-)
-def test_settings_that_are_set_later_are_checked_like_the_first(name: str, value: Any, error: Any) -> None:
-    model = wrap()
-    before = getattr(model, name)
-    with refuses(error, "solver" if isinstance(value, Frozen) else name):
-        setattr(model, name, value)
-    assert getattr(model, name) is before
 
 
 @pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)

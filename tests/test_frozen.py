@@ -1,4 +1,4 @@
-"""What is frozen and what is not, against loops written from equations (1) and (2)."""
+"""What is frozen and what is not, against loops written from equations (1) and (2), and the laws of both."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from relaxprop import (
 )
 from relaxprop.feedback import FeedbackRule
 from relaxprop.solvers import Solver
-from tests.compare import assert_literal, gradients
+from tests.compare import assert_literal, assert_same, assert_same_gradients, gradients, largest_distance, squares
 from tests.literal import NETWORKS, network, simulate
-from tests.problems import COMBINATIONS, name_of
+from tests.problems import COMBINATIONS, PROBLEMS, A, B, C, D, Problem, name_of
 
 LINEAR: tuple[Solver, ...] = (
     ClosedForm(0.3, 7),
@@ -32,6 +32,7 @@ LINEAR: tuple[Solver, ...] = (
 SIMULATED: tuple[Solver, ...] = tuple(
     Euler(0.3, 7, order=order) for order in ("simultaneous", "sequential", "asynchronous")
 )
+EULER = Euler(0.3, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loops
@@ -128,3 +129,57 @@ def test_integration_is_as_exact_at_any_scale_of_the_loss(scale: float, dtype: t
         assert exact is not None
         assert integrated is not None
         assert float((integrated - exact).norm()) < 0.01 * float(exact.norm())
+
+
+# ----------------------------------------------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("solver", [EULER, ClosedForm(0.3, 4), Continuous(2.0), Equilibrium()], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
+def test_all_frozen_is_the_default(problem: Problem, solver: Solver) -> None:
+    found, expected = problem.gradients(solver, frozen=Frozen(True, True, True, True)), problem.gradients(solver)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        actual = found[name]
+        assert (actual is None and gradient is None) or torch.equal(actual, gradient)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frozen", [A, B, C], ids=name_of)
+@pytest.mark.parametrize("solver", [EULER, Continuous(2.0)], ids=str)
+def test_a_linear_network_has_one_derivative(frozen: Frozen, solver: Solver) -> None:
+    def network() -> nn.Module:
+        linear = [nn.Linear(4, 5), nn.Hardtanh(-1e9, 1e9), nn.Linear(5, 5), nn.Hardtanh(-1e9, 1e9)]
+        return nn.Sequential(*linear, nn.Linear(5, 2))
+
+    problem = Problem("linear", network, lambda: (torch.randn(3, 4),), squares, depth=2)
+    tolerance = 1e-6 if isinstance(solver, Continuous) else None
+    assert_same_gradients(problem.gradients(solver, frozen=frozen), problem.gradients(solver), tolerance)
+    changed = problem.gradients(solver, frozen=D)
+    assert largest_distance(changed, problem.gradients(solver)) > 0.1  # the activity is another thing
+
+
+def test_biases_have_no_presynaptic_activity() -> None:
+    problem = PROBLEMS[0]
+    found, expected = problem.gradients(EULER, frozen=D), problem.gradients(EULER)
+    for name, gradient in expected.items():
+        actual = found[name]
+        assert actual is not None
+        assert gradient is not None
+        if "weight" not in name or name == "0.weight":  # nor does what reads the input change
+            assert_same(actual, gradient, name)
+        else:
+            assert float((actual - gradient).norm()) > 1e-3 * float(gradient.norm()), name
+
+
+# An output that is held does not start at its activity.
+FREE = [problem for problem in PROBLEMS if not problem.ends_in_vertex and problem.name != "nested"]
+
+
+@pytest.mark.parametrize("frozen", COMBINATIONS, ids=name_of)
+@pytest.mark.parametrize("problem", FREE, ids=name_of)
+def test_states_that_have_not_moved_are_activities(problem: Problem, frozen: Frozen) -> None:
+    still = Euler(1e-9, 1)
+    found, expected = problem.gradients(still, frozen=frozen), problem.gradients(still)
+    # Unfrozen, an input's error is its state, not what drives it.
+    compared = [n for n, g in expected.items() if g is not None and (frozen.input or not n.startswith("input"))]
+    assert_literal(found, {name: expected[name] for name in compared}, 1e-7)

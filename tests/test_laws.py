@@ -26,7 +26,7 @@ from tests.compare import (
     random_states,
     squares,
 )
-from tests.literal import LiteralChain, literal_problems, relax
+from tests.literal import LiteralBranches, LiteralChain, literal_problems, relax
 from tests.problems import PROBLEMS, SOLVERS, STOPPED_EARLY, Branches, Problem, activity_gradients, mlp, name_of
 
 every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=name_of)
@@ -45,6 +45,19 @@ def furthest(states: States, expected: States) -> float:
 
 
 # ------------------------------------------------------------------------------- the equations, as a literal slow loop
+
+
+def test_literal_networks_agree_with_autograd() -> None:
+    """The oracle itself: states at equilibrium give autograd's gradients."""
+    for module, z, literal in literal_problems():
+        assert isinstance(literal, LiteralChain | LiteralBranches)
+        settled, exact = literal.gradients(relax(literal, 1.0, 3, "simultaneous")), gradients(module, (z,))
+        assert settled.keys() == exact.keys()
+        for name, g in exact.items():
+            found = settled[name]
+            assert found is not None
+            assert g is not None
+            assert distance(found, g) < 1e-13
 
 
 @pytest.mark.parametrize("schedule", [(0.1, 1), (0.1, 30), (0.7, 2), (1.0, 2), (1.6, 5)], ids=str)

@@ -1,19 +1,29 @@
-"""Nothing of one pass leaks into the next, and nothing of a part of a graph into the whole."""
+"""Nothing of one pass leaks into the next or stays behind, and nothing of a part of a graph leaks into the whole."""
 
 from __future__ import annotations
 
-import warnings
+import copy
+import gc
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen
+from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler
 from relaxprop.solvers import Solver
-from tests.compare import assert_same, assert_same_gradients, backward, gradients, squares
-from tests.problems import PROBLEMS, STOPPED_EARLY, Problem, mlp
+from tests.compare import assert_same, assert_same_gradients, backward, both, gradients, squares
+from tests.problems import PROBLEMS, SOLVERS, STOPPED_EARLY, Branches, Problem, mlp, name_of, twins
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+
+# One that needs no states and one that has them.
+two_solvers = pytest.mark.parametrize("solver", [Equilibrium(), ClosedForm(0.9, 100)], ids=name_of)
+
+
+# ----------------------------------------------------------------------------------------------- several forward passes
 
 
 @pytest.mark.parametrize("solver", STOPPED_EARLY, ids=str)
@@ -31,6 +41,149 @@ def test_later_passes_are_like_the_first(problem: Problem, solver: Solver) -> No
         found.append(gradients(model, inputs, problem.loss))
     assert_same_gradients(found[1], found[0])
     assert_same_gradients(found[2], found[0])
+
+
+@every_solver
+def test_several_forward_passes_before_one_backward_pass(solver: Solver) -> None:
+    x, y = torch.randn(2, 2, 4).double()
+
+    def use(model: nn.Module) -> None:
+        first, second = model(x), model(y)
+        model(x + y)  # a result that nobody uses
+        backward(squares(first * second) + squares(second))
+
+    both(*twins(solver, 4, 5, 5, 2), use)
+
+
+@two_solvers
+def test_forward_passes_may_be_undone_in_any_order(solver: Solver) -> None:
+    x, y = torch.randn(2, 2, 4).double()
+
+    def use(model: nn.Module) -> None:
+        first, second = squares(model(x)), squares(model(y))
+        backward(first)
+        backward(second)
+
+    both(*twins(solver, 4, 5, 5, 2), use)
+
+
+@two_solvers
+def test_a_later_pass_may_write_in_place_where_the_first_did_not(solver: Solver) -> None:
+    class Recurrent(nn.Module):
+        """Writes in place into each activity but the last, so a longer sequence writes into more of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.f, self.read = nn.Linear(3, 3), nn.SiLU(), nn.Linear(3, 2)
+
+        def forward(self, sequence: Tensor) -> Tensor:  # (T, batch, 3)
+            h = self.f(self.cell(sequence[0]))
+            for x in sequence[1:]:
+                h += x
+                h = self.f(self.cell(h))
+            output: Tensor = self.read(h)
+            return output
+
+    plain = Recurrent().double()
+    model = ActivationRelaxation(copy.deepcopy(plain), solver=solver)
+    for length in (2, 5):
+        sequence = torch.randn(length, 2, 3).double()
+        assert_same_gradients(gradients(model, (sequence,)), gradients(plain, (sequence,)))
+
+
+def test_a_hook_on_an_activity_acts_in_every_pass() -> None:
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.act(self.below(x))
+            h.register_hook(lambda g: 2 * g)
+            output: Tensor = self.above(h)
+            return output
+
+    module, x = Hooked().double(), torch.randn(2, 3).double()
+    expected = gradients(module, (x,))
+    model = ActivationRelaxation(module, solver=ClosedForm(1.0, 5))
+    for _ in range(3):
+        assert_same_gradients(gradients(model, (x,)), expected)
+
+
+def test_a_kept_activity_is_refused_in_every_pass() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.act(self.below(x))
+            output: Tensor = self.above(self.kept)
+            return output
+
+    module, x = Keeps(), torch.randn(2, 3)
+    model = ActivationRelaxation(module)
+    for _ in range(2):
+        backward(squares(model(x)))
+    loss = squares(model(x)) + squares(module.kept)
+    with pytest.raises(RuntimeError, match="return it from the model"):
+        backward(loss)
+
+
+@two_solvers
+def test_an_activity_that_the_model_keeps_is_never_lost_in_silence(solver: Solver) -> None:
+    class Keeps(nn.Module):
+        """A penalty on an activity, as models keep them that balance or regularise."""
+
+        penalty: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.f, self.head = nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.f(self.first(x))
+            self.penalty = (h**2).sum()
+            output: Tensor = self.head(h)
+            return output
+
+    module, x = Keeps().double(), torch.randn(2, 4).double()
+    model = ActivationRelaxation(module, solver=solver)
+    exact = gradients(module, (x,), lambda y: squares(y) + module.penalty)
+    try:
+        found = gradients(model, (x,), lambda y: squares(y) + module.penalty)
+    except (RuntimeError, ValueError) as error:  # refused, and the way out is named
+        assert "return" in str(error)  # noqa: PT017
+    else:
+        assert_same_gradients(found, exact)
+
+
+# ---------------------------------------------------------------------------------------------- several backward passes
+
+
+def test_a_second_backward_pass_is_refused_in_pytorchs_own_words() -> None:
+    for model in (mlp(3, 4, 2), ActivationRelaxation(mlp(3, 4, 2))):
+        loss = squares(model(torch.randn(2, 3)))
+        backward(loss)
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+            backward(loss)
+
+
+@every_solver
+def test_a_retained_graph_gives_the_same_gradient_again(solver: Solver) -> None:
+    module, x = Branches().double(), torch.randn(2, 4).double()
+    model = ActivationRelaxation(module, solver=solver)
+    once = gradients(module, (x,))
+    del once["input 0"]
+    module.zero_grad()
+    loss = squares(model(x))
+    backward(loss, retain_graph=True)
+    backward(loss, retain_graph=True)
+    backward(loss)
+    expected = {name: None if g is None else 3 * g for name, g in once.items()}
+    assert_same_gradients({name: p.grad for name, p in module.named_parameters()}, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        backward(loss)
 
 
 class TwoHeads(nn.Module):
@@ -65,114 +218,7 @@ def test_the_loss_of_one_head_and_then_of_both(solver: Solver) -> None:
                 assert_same(g, b)
 
 
-def test_a_kept_activity_is_refused_in_every_pass() -> None:
-    class Keeps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.kept = self.act(self.below(x))
-            output: Tensor = self.above(self.kept)
-            return output
-
-    module, x = Keeps(), torch.randn(2, 3)
-    model = ActivationRelaxation(module)
-    for _ in range(2):
-        backward(squares(model(x)))
-    loss = squares(model(x)) + squares(module.kept)
-    with pytest.raises(RuntimeError, match="return it from the model"):
-        backward(loss)
-
-
-def test_a_hook_on_an_activity_acts_in_every_pass() -> None:
-    class Hooked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.below, self.act, self.above = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.act(self.below(x))
-            h.register_hook(lambda g: 2 * g)
-            output: Tensor = self.above(h)
-            return output
-
-    module, x = Hooked().double(), torch.randn(2, 3).double()
-    expected = gradients(module, (x,))
-    model = ActivationRelaxation(module, solver=ClosedForm(1.0, 5))
-    for _ in range(3):
-        assert_same_gradients(gradients(model, (x,)), expected)
-
-
-def test_a_model_that_calls_none_of_its_vertices_is_told_so() -> None:
-    class Functional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear, self.act = nn.Linear(3, 2), nn.Tanh()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.linear(x))
-
-    model = ActivationRelaxation(Functional())
-    with pytest.warns(UserWarning, match="none of the vertices .act, …. was called.*vertices='modules'"):
-        model(torch.randn(2, 3))
-
-
-def test_a_subclass_of_an_activation_is_a_vertex() -> None:
-    class Mine(nn.Tanh):
-        pass
-
-    model = ActivationRelaxation(nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
-    backward(squares(model(torch.randn(2, 3))))
-    assert model.last_relaxation is not None
-    assert model.last_relaxation.vertices == 2
-
-
-def test_vertices_given_as_a_module_list_stay_out_of_the_state() -> None:
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = x + layer(x)
-            return x
-
-    module = Layers()
-    larger = nn.Sequential(ActivationRelaxation(module, vertices=module.layers), nn.Linear(3, 1))
-    larger.load_state_dict(larger.state_dict())
-    assert len(larger.state_dict()) == 6
-    with pytest.raises(TypeError, match=r"vertices must be .* got Sequential"):
-        ActivationRelaxation(nn.Sequential(nn.Sequential(nn.Tanh())), vertices=nn.Sequential(nn.Tanh()))
-
-
-def test_half_precision_activities_relax_in_float32() -> None:
-    """Steps of 0.001 are below bfloat16's resolution, so states kept in it would never move."""
-    module, x = mlp(4, 8, 8, 2), torch.randn(16, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(
-            ActivationRelaxation(module, solver=ClosedForm(0.001, 700)), (x,), lambda y: squares(y.float())
-        )
-        found = gradients(ActivationRelaxation(module, solver=Euler(0.001, 700)), (x,), lambda y: squares(y.float()))
-    for name, gradient in expected.items():
-        assert gradient is not None
-        assert (actual := found[name]) is not None  # noqa: RUF018
-        assert_same(actual.float(), gradient.float(), name, tolerance=5e-2)
-
-
-def test_the_default_says_once_when_a_graph_is_too_deep_for_it() -> None:
-    x = torch.randn(2, 3)
-    deep, shallow = mlp(*[3] * 12), mlp(3, 3, 3)
-    model = ActivationRelaxation(deep)
-    with pytest.warns(UserWarning, match=r"of depth 10, .* pass solver=ClosedForm\(0\.5, \d+\)"):
-        backward(squares(model(x)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        backward(squares(model(x)))
-        for module, solver in ((deep, ClosedForm(0.1, 100)), (deep, Equilibrium()), (shallow, ClosedForm())):
-            backward(squares(ActivationRelaxation(module, solver=solver)(x)))
-        backward(squares(ActivationRelaxation(shallow)(x)))
+# ---------------------------------------------------------------------------------------------- what changed in between
 
 
 def _replace_the_activation(network: nn.Sequential) -> None:
@@ -233,49 +279,114 @@ def test_a_model_that_changed_between_passes_is_like_one_just_wrapped(
     assert model.last_relaxation.residuals.keys() == wrapped.last_relaxation.residuals.keys()
 
 
-def test_vertices_chosen_anew_hold_from_the_next_pass_on() -> None:
-    torch.manual_seed(0)
-    model = ActivationRelaxation(mlp(3, 4, 4, 2), solver=Euler(0.3, 4))
-    x = torch.randn(5, 3)
-    chosen = [model.module.get_submodule("1")]
+def test_the_module_may_change_between_passes() -> None:
+    plain, model = twins(ClosedForm(0.9, 100), 4, 5, 5, 2)
+    x = torch.randn(2, 4).double()
+    both(plain, model, lambda m: backward(squares(m(x))))
+    torch.manual_seed(5)
+    layers = [nn.Linear(2, 3).double(), nn.SiLU(inplace=True), nn.Linear(3, 2).double()]
+    plain.extend(layers)
+    assert isinstance(model.module, nn.Sequential)
+    model.module.extend(copy.deepcopy(layers))
+    plain.zero_grad()
+    model.zero_grad()
+    both(plain, model, lambda m: backward(squares(m(x))))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.depth == 3
 
-    def vertices_that_relaxed() -> int | None:
-        gradients(model, [x])
-        assert model.last_relaxation is not None
-        return model.last_relaxation.vertices
 
-    for vertices, expected in (("activations", 2), ("modules", 5), (chosen, 1)):
-        model.vertices = vertices  # type: ignore[assignment]
-        assert vertices_that_relaxed() == expected
-    model.vertices = nn.ModuleList([*chosen, model.module.get_submodule("3")])
-    assert vertices_that_relaxed() == 2
-    model.vertices = (m for m in model.module.children() if not isinstance(m, nn.Linear))
+# ---------------------------------------------------------------------------------------------------- what stays behind
+
+
+def hook_counts(module: nn.Module) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()]
+
+
+@pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)
+def test_no_hooks_stay_on_the_module(solver: Solver) -> None:
+    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
+    before = hook_counts(module)
+    model = ActivationRelaxation(module, solver=solver)
+    assert hook_counts(module) == before
+    output = model(x)
+    assert hook_counts(module) == before
+    backward(squares(output))
+    assert hook_counts(module) == before
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5))
+    assert hook_counts(module) == before
+    assert_same_gradients(gradients(model, (x,)), gradients(ActivationRelaxation(module, solver=solver), (x,)))
+
+
+@every_solver
+def test_no_hooks_stay_on_tensors_that_outlive_the_pass(solver: Solver) -> None:
+    class Returns(nn.Module):
+        """Hands its input and a parameter out as they are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.layer = nn.Identity(), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = self.same(x)
+            return x, self.layer(x), self.layer.weight
+
+    x = torch.randn(2, 3, requires_grad=True)
+    model = ActivationRelaxation(Returns(), solver=solver, vertices="modules")
     for _ in range(2):
-        assert vertices_that_relaxed() == 2
+        backward(sum((squares(y) for y in model(x)), torch.zeros(())))
+    for tensor in (x, *model.parameters()):
+        assert not cast(Any, tensor)._backward_hooks
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {"solver": Euler(0.3, 4)},
-    {"frozen": Frozen(update_activity=False)},
-    {"frozen": Frozen(update_derivative=False), "output": "relaxed"},
-    {"output": "relaxed"},
-    {"vertices": "modules"},
-    {"solver": Euler(0.3, 4), "frozen": Frozen(relaxation_derivative=False)},
-]
+@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+@pytest.mark.parametrize("ending", ["backward", "dropped"])
+def test_the_recorded_graph_is_released(solver: Solver, ending: str) -> None:
+    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
+    model, kept = ActivationRelaxation(module, solver=solver), list[weakref.ref[Tensor]]()
+    for layer in module:
+        layer.register_forward_hook(lambda _module, args, output: kept.extend(map(weakref.ref, (*args, output))))
+    gc.collect()
+    gc.disable()
+    try:
+        loss = squares(model(x))
+        assert sum(ref() is not None for ref in kept) > 1
+        if ending == "backward":
+            backward(loss)
+        else:
+            del loss
+        assert [ref() for ref in kept if ref() is not None and ref() is not x] == []
+    finally:
+        gc.enable()
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_settings_that_are_set_later_are_those_of_a_new_wrapper(settings: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    network, x = mlp(3, 4, 4, 2).double(), torch.randn(5, 3, dtype=torch.float64)
-    model = ActivationRelaxation(network, solver=ClosedForm(0.3, 4))
-    before = gradients(model, [x])
-    for name, value in settings.items():
-        setattr(model, name, value)
-    found = gradients(model, [x])
-    assert_same_gradients(
-        found, gradients(ActivationRelaxation(network, **{"solver": ClosedForm(0.3, 4)} | settings), [x])
-    )
-    if list(settings) != ["solver"]:
-        with pytest.raises(AssertionError):
-            assert_same_gradients(found, before)
+@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+def test_what_else_a_model_returns_is_the_users_alone(solver: Solver) -> None:
+    class Activities:
+        """A class whose tensors PyTorch cannot find; the user keeps the loss on it."""
+
+        loss: Tensor | None = None
+
+    class Returning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp(3, 4, 4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Activities]:
+            output: Tensor = self.net(x)
+            return output, output.detach().clone(), Activities()
+
+    model = ActivationRelaxation(Returning(), solver=solver)
+    gc.collect()
+    gc.disable()
+    try:
+        output, extra, activities = model(torch.randn(2, 3))
+        loss, kept_extra = squares(output), weakref.ref(extra)
+        del extra
+        assert kept_extra() is None  # though the backward pass is still to come
+        activities.loss, kept = loss, weakref.ref(activities)
+        del output, loss, activities
+        gc.collect()
+        assert kept() is None
+    finally:
+        gc.enable()

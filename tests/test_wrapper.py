@@ -1,20 +1,23 @@
-"""What the wrapper is as a module: its state, its options, its record, and what it leaves behind."""
+"""What the wrapper is as a module: its result, its state, its options and its record."""
+
+from __future__ import annotations
 
 import copy
-import gc
 import io
-import weakref
-from typing import Any, cast
+import pickle
+import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
+from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen, Relaxation
 from relaxprop.solvers import Solver
-from tests.compare import assert_same_gradients, backward, gradients, largest_distance, squares
-from tests.literal import LiteralChain
+from tests.compare import assert_same_gradients, backward, gradients, largest_distance, refuses, squares
+from tests.literal import LiteralChain, relax
 from tests.problems import (
+    CONDITIONS,
     PROBLEMS,
     SOLVERS,
     STOPPED_EARLY,
@@ -182,6 +185,23 @@ def test_a_wrapper_can_be_copied_and_saved_whole(way: str, chosen: bool) -> None
     assert_same_gradients(gradients(twin, (x,)), expected)
 
 
+@pytest.mark.parametrize("frozen", CONDITIONS, ids=name_of)
+def test_copies_and_print(frozen: Frozen) -> None:
+    module, z = mlp(4, 5, 5, 2).double(), torch.randn(3, 4).double()
+    model = ActivationRelaxation(module, solver=Euler(0.3, 4), frozen=frozen)
+    expected = gradients(model, (z,))
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stored, weights_only=False)]
+    for other in copies:
+        assert other.frozen == frozen
+        assert_same_gradients(gradients(other, (z,)), expected)
+        assert repr(other) == repr(model)
+    assert f"frozen={frozen}" in repr(model)
+    assert "frozen" not in repr(ActivationRelaxation(module, frozen=Frozen()))
+
+
 def test_dtype_and_mode_reach_the_module() -> None:
     model = ActivationRelaxation(regularised()).double().eval()
     assert all(p.dtype == torch.float64 for p in model.module.parameters())
@@ -294,13 +314,53 @@ def test_a_submodule_chosen_as_vertex_may_have_submodules_of_its_own() -> None:
     assert model.last_relaxation.depth == 1
 
 
+def test_a_subclass_of_an_activation_is_a_vertex() -> None:
+    class Mine(nn.Tanh):
+        pass
+
+    model = ActivationRelaxation(nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
+    backward(squares(model(torch.randn(2, 3))))
+    assert model.last_relaxation is not None
+    assert model.last_relaxation.vertices == 2
+
+
+def test_vertices_given_as_a_module_list_stay_out_of_the_state() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    module = Layers()
+    larger = nn.Sequential(ActivationRelaxation(module, vertices=module.layers), nn.Linear(3, 1))
+    larger.load_state_dict(larger.state_dict())
+    assert len(larger.state_dict()) == 6
+    with pytest.raises(TypeError, match=r"vertices must be .* got Sequential"):
+        ActivationRelaxation(nn.Sequential(nn.Sequential(nn.Tanh())), vertices=nn.Sequential(nn.Tanh()))
+
+
+def test_the_default_says_once_when_a_graph_is_too_deep_for_it() -> None:
+    x = torch.randn(2, 3)
+    deep, shallow = mlp(*[3] * 12), mlp(3, 3, 3)
+    model = ActivationRelaxation(deep)
+    with pytest.warns(UserWarning, match=r"of depth 10, .* pass solver=ClosedForm\(0\.5, \d+\)"):
+        backward(squares(model(x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(squares(model(x)))
+        for module, solver in ((deep, ClosedForm(0.1, 100)), (deep, Equilibrium()), (shallow, ClosedForm())):
+            backward(squares(ActivationRelaxation(module, solver=solver)(x)))
+        backward(squares(ActivationRelaxation(shallow)(x)))
+
+
 def test_printing_shows_what_the_wrapper_does() -> None:
     text = repr(ActivationRelaxation(mlp(3, 4, 2), solver=Euler(0.2, 7, order="sequential"), output="relaxed"))
     for part in ("Euler(step_size=0.2, num_steps=7, order='sequential'", "activations", "relaxed", "Linear"):
         assert part in text
-
-
-# -------------------------------------------------------------------------------------------------------------- record
 
 
 def test_a_model_prints_though_a_chosen_vertex_was_replaced() -> None:
@@ -311,6 +371,94 @@ def test_a_model_prints_though_a_chosen_vertex_was_replaced() -> None:
     assert "vertices=1, Tanh" in repr(model)
     with pytest.raises(ValueError, match="a Tanh that is not part of the Sequential"):
         model(torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------- options that are set later
+
+
+def test_the_solver_may_change_between_passes() -> None:
+    chain, z = mlp(4, 6, 5, 3).double(), torch.randn(3, 4).double()
+    model, literal = ActivationRelaxation(chain), LiteralChain(chain, z)
+    for n in (2, 5):
+        model.solver = Euler(0.3, n)
+        assert_same_gradients(gradients(model, (z,)), literal.gradients(relax(literal, 0.3, n, "simultaneous")))
+    model.solver = Equilibrium()
+    assert_same_gradients(gradients(model, (z,)), gradients(chain, (z,)))
+    model.solver = ClosedForm()
+    expected = literal.gradients(relax(literal, 0.1, 100, "simultaneous"))
+    assert_same_gradients(gradients(model, (z,)), expected)
+
+
+def test_vertices_chosen_anew_hold_from_the_next_pass_on() -> None:
+    torch.manual_seed(0)
+    model = ActivationRelaxation(mlp(3, 4, 4, 2), solver=Euler(0.3, 4))
+    x = torch.randn(5, 3)
+    chosen = [model.module.get_submodule("1")]
+
+    def vertices_that_relaxed() -> int | None:
+        gradients(model, [x])
+        assert model.last_relaxation is not None
+        return model.last_relaxation.vertices
+
+    for vertices, expected in (("activations", 2), ("modules", 5), (chosen, 1)):
+        model.vertices = vertices  # type: ignore[assignment]
+        assert vertices_that_relaxed() == expected
+    model.vertices = nn.ModuleList([*chosen, model.module.get_submodule("3")])
+    assert vertices_that_relaxed() == 2
+    model.vertices = (m for m in model.module.children() if not isinstance(m, nn.Linear))
+    for _ in range(2):
+        assert vertices_that_relaxed() == 2
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"solver": Euler(0.3, 4)},
+    {"frozen": Frozen(update_activity=False)},
+    {"frozen": Frozen(update_derivative=False), "output": "relaxed"},
+    {"output": "relaxed"},
+    {"vertices": "modules"},
+    {"solver": Euler(0.3, 4), "frozen": Frozen(relaxation_derivative=False)},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_settings_that_are_set_later_are_those_of_a_new_wrapper(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network, x = mlp(3, 4, 4, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    model = ActivationRelaxation(network, solver=ClosedForm(0.3, 4))
+    before = gradients(model, [x])
+    for name, value in settings.items():
+        setattr(model, name, value)
+    found = gradients(model, [x])
+    assert_same_gradients(
+        found, gradients(ActivationRelaxation(network, **{"solver": ClosedForm(0.3, 4)} | settings), [x])
+    )
+    if list(settings) != ["solver"]:
+        with pytest.raises(AssertionError):
+            assert_same_gradients(found, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("solver", Euler, TypeError),
+        ("frozen", None, TypeError),
+        ("frozen", Frozen(relaxation_derivative=False), ValueError),  # the closed form cannot solve it
+        ("output", "free", ValueError),
+        ("vertices", "neurons", ValueError),
+        ("vertices", [nn.Tanh()], ValueError),
+        ("check_finite", 1, TypeError),
+        ("measure_residual", None, TypeError),
+    ],
+)
+def test_settings_that_are_set_later_are_checked_like_the_first(name: str, value: Any, error: Any) -> None:
+    model = ActivationRelaxation(mlp(3, 4, 2))
+    before = getattr(model, name)
+    with refuses(error, "solver" if isinstance(value, Frozen) else name):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
+
+
+# -------------------------------------------------------------------------------------------------------------- record
 
 
 @pytest.mark.parametrize("solver", SOLVERS + STOPPED_EARLY, ids=lambda s: f"{name_of(s)}-{s}")
@@ -359,125 +507,3 @@ def test_the_record_tells_what_the_initial_state_still_weighs() -> None:
     gradients(model, (x,))
     assert model.last_relaxation is not None
     assert model.last_relaxation.remaining == 0
-
-
-# --------------------------------------------------------------------------------------------------- leaves no trace
-
-
-def hook_counts(module: nn.Module) -> list[int]:
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in module.modules()]
-
-
-@pytest.mark.parametrize("solver", [ClosedForm(), Equilibrium()], ids=name_of)
-def test_no_hooks_stay_on_the_module(solver: Solver) -> None:
-    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
-    before = hook_counts(module)
-    model = ActivationRelaxation(module, solver=solver)
-    assert hook_counts(module) == before
-    output = model(x)
-    assert hook_counts(module) == before
-    backward(squares(output))
-    assert hook_counts(module) == before
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 5))
-    assert hook_counts(module) == before
-    assert_same_gradients(gradients(model, (x,)), gradients(ActivationRelaxation(module, solver=solver), (x,)))
-
-
-@every_solver
-def test_no_hooks_stay_on_tensors_that_outlive_the_pass(solver: Solver) -> None:
-    class Returns(nn.Module):
-        """Hands its input and a parameter out as they are."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.same, self.layer = nn.Identity(), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x = self.same(x)
-            return x, self.layer(x), self.layer.weight
-
-    x = torch.randn(2, 3, requires_grad=True)
-    model = ActivationRelaxation(Returns(), solver=solver, vertices="modules")
-    for _ in range(2):
-        backward(sum((squares(y) for y in model(x)), torch.zeros(())))
-    for tensor in (x, *model.parameters()):
-        assert not cast(Any, tensor)._backward_hooks
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
-@pytest.mark.parametrize("ending", ["backward", "dropped"])
-def test_the_recorded_graph_is_released(solver: Solver, ending: str) -> None:
-    module, x = mlp(3, 4, 4, 2), torch.randn(2, 3)
-    model, kept = ActivationRelaxation(module, solver=solver), list[weakref.ref[Tensor]]()
-    for layer in module:
-        layer.register_forward_hook(lambda _module, args, output: kept.extend(map(weakref.ref, (*args, output))))
-    gc.collect()
-    gc.disable()
-    try:
-        loss = squares(model(x))
-        assert sum(ref() is not None for ref in kept) > 1
-        if ending == "backward":
-            backward(loss)
-        else:
-            del loss
-        assert [ref() for ref in kept if ref() is not None and ref() is not x] == []
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
-def test_what_else_a_model_returns_is_the_users_alone(solver: Solver) -> None:
-    class Activities:
-        """A class whose tensors PyTorch cannot find; the user keeps the loss on it."""
-
-        loss: Tensor | None = None
-
-    class Returning(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp(3, 4, 4, 2)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Activities]:
-            output: Tensor = self.net(x)
-            return output, output.detach().clone(), Activities()
-
-    model = ActivationRelaxation(Returning(), solver=solver)
-    gc.collect()
-    gc.disable()
-    try:
-        output, extra, activities = model(torch.randn(2, 3))
-        loss, kept_extra = squares(output), weakref.ref(extra)
-        del extra
-        assert kept_extra() is None  # though the backward pass is still to come
-        activities.loss, kept = loss, weakref.ref(activities)
-        del output, loss, activities
-        gc.collect()
-        assert kept() is None
-    finally:
-        gc.enable()
-
-
-def test_a_second_backward_pass_is_refused_in_pytorchs_own_words() -> None:
-    for model in (mlp(3, 4, 2), ActivationRelaxation(mlp(3, 4, 2))):
-        loss = squares(model(torch.randn(2, 3)))
-        backward(loss)
-        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
-            backward(loss)
-
-
-@every_solver
-def test_a_retained_graph_gives_the_same_gradient_again(solver: Solver) -> None:
-    module, x = Branches().double(), torch.randn(2, 4).double()
-    model = ActivationRelaxation(module, solver=solver)
-    once = gradients(module, (x,))
-    del once["input 0"]
-    module.zero_grad()
-    loss = squares(model(x))
-    backward(loss, retain_graph=True)
-    backward(loss, retain_graph=True)
-    backward(loss)
-    expected = {name: None if g is None else 3 * g for name, g in once.items()}
-    assert_same_gradients({name: p.grad for name, p in module.named_parameters()}, expected)
-    with pytest.raises(RuntimeError, match="second time"):
-        backward(loss)
