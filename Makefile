@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip with the constraints file, for what is installed and for what builds the project: every version stands there.
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-torch clean
 
 demo: $(VENV)/lab
 	$(BIN)/relaxprop reproduce demo
@@ -15,6 +15,23 @@ test: $(VENV)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The library's tests on another version of PyTorch, in an environment of its own:  make test-torch TORCH=2.7.1
+# The outcome is kept under results/torch-versions. An environment takes 6 GB: delete it afterwards.
+TORCH_VENV = .venv-torch-$(TORCH)
+
+test-torch: $(TORCH_VENV)/installed
+	$(TORCH_VENV)/bin/pytest tests --ignore=tests/lab --outcome=results/torch-versions/$(TORCH).json
+
+# PyTorch pins some of the packages that it needs itself: for those the constraints file does not hold.
+$(TORCH_VENV)/installed: pyproject.toml constraints.txt
+	$(if $(TORCH),,$(error name a version of PyTorch, as in  make test-torch TORCH=2.7.1))
+	$(PYTHON) -m venv $(TORCH_VENV)
+	grep -vE '^(torch|sympy|setuptools|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	@echo "Installing PyTorch $(TORCH) into $(TORCH_VENV) (some minutes) ..."
+	PIP_CONSTRAINT=$(TORCH_VENV)/constraints.txt $(TORCH_VENV)/bin/pip --disable-pip-version-check install --quiet \
+		torch==$(TORCH) --editable '.[test]'
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("relaxprop needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": name one, as in  make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -31,4 +48,4 @@ $(VENV)/test: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/lab
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache dist

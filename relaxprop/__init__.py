@@ -1,13 +1,15 @@
 """Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
 
 from relaxprop.derivatives import drop_derivatives
-from relaxprop.diagnostics import Alignment, Convergence, alignment, certificate, convergence, feedback_alignment
 from relaxprop.feedback import use_feedback
+from relaxprop.finite import NonFiniteStateError
 from relaxprop.frozen import Frozen
-from relaxprop.locality import Locality, describe_locality
-from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
+from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
+from relaxprop.inspect.convergence import Convergence, certificate, convergence
+from relaxprop.inspect.locality import Locality, describe_locality
 from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
+from relaxprop.wrapper import ActivationRelaxation
 
 __version__ = "0.1.0"
 

@@ -5,18 +5,20 @@ r"""Dropped nonlinear derivatives: f' → 1, so that an error passes an activati
 
 Source: Millidge et al., arXiv 2010.06219, equation (4). The paper drops f' in both places; its authors' code keeps it
 in the update of the MLP and drops it in that of the CNN.
+
+May import: variants, vertices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from relaxprop.variants import Variant, switch_off
 from relaxprop.vertices import is_activation
@@ -27,27 +29,21 @@ M = TypeVar("M", bound=nn.Module)
 _REFUSED = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.PReLU, nn.RReLU)
 
 
-@dataclass
-class Phase:
-    """Where a recorded pass is: in the relaxation phase, or in the weight update that ends it.
-
-    Attributes:
-        updating: whether what is taken now is the weight update.
-        differs: whether an activation of the pass treats its derivative differently in the two.
-    """
-
-    updating: bool = False
-    differs: bool = False
-
-    def __enter__(self) -> None:
-        """Within it, the weight update is taken."""
-        self.updating = True
-
-    def __exit__(self, *_: object) -> None:
-        self.updating = False
+# Within a recorded pass: where its activations list their nodes that differ between (1) and (2).
+recorded_switches: ContextVar[list[Node] | None] = ContextVar("recorded_switches", default=None)
 
 
-current_phase: ContextVar[Phase | None] = ContextVar("current_phase", default=None)
+@contextmanager
+def updating(switches: Sequence[Node]) -> Iterator[None]:
+    """Within it, these nodes pass an error on as in the weight update, (2); else as in the relaxation phase, (1)."""
+    nodes = cast(Sequence[Any], switches)
+    for node in nodes:
+        node.in_update = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.in_update = False
 
 
 def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True) -> M:
@@ -104,9 +100,9 @@ class _Dropped(Variant):
     dropped_in_update: bool
 
     def forward(self, h: Tensor) -> Tensor:
-        phase = current_phase.get()
+        switches = recorded_switches.get()
         differs = self.dropped_in_relaxation != self.dropped_in_update
-        if differs and phase is None and torch.is_grad_enabled() and h.requires_grad:
+        if differs and switches is None and torch.is_grad_enabled() and h.requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__} drops its derivative in one of relaxation and weight update only, which plain "
                 "backpropagation cannot tell apart: call it within ActivationRelaxation"
@@ -118,9 +114,9 @@ class _Dropped(Variant):
         y: Tensor = super().forward(argument)
         if not (h.requires_grad and torch.is_grad_enabled()):
             return y
-        if phase is not None:
-            phase.differs |= differs
-        through: Tensor = _EitherWay.apply(h, y, self.dropped_in_relaxation, self.dropped_in_update, phase)  # type: ignore[no-untyped-call]
+        through: Tensor = EitherWay.apply(h, y, self.dropped_in_relaxation, self.dropped_in_update)  # type: ignore[no-untyped-call]
+        if differs and switches is not None:
+            switches.append(cast(Node, through.grad_fn))
         return through
 
     def extra_repr(self) -> str:
@@ -129,27 +125,23 @@ class _Dropped(Variant):
         return ", ".join(filter(None, (super().extra_repr(), dropped)))
 
 
-class _EitherWay(torch.autograd.Function):
+class EitherWay(torch.autograd.Function):
     """y = f(h); its backward passes the error to h as it is where f' is dropped, and on through f where it is not."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, y: Tensor, in_relaxation: bool, in_update: bool, phase: Phase | None) -> Tensor:
-        ctx.dropped, ctx.phase = (in_relaxation, in_update), phase
+    def forward(ctx: Any, h: Tensor, y: Tensor, in_relaxation: bool, in_update: bool) -> Tensor:
+        ctx.dropped, ctx.in_update = (in_relaxation, in_update), False
         ctx.set_materialize_grads(False)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        updating = ctx.phase is not None and ctx.phase.updating
-        dropped = ctx.dropped[updating]
-        return (gradient, None, None, None, None) if dropped else (None, gradient, None, None, None)
+        return (gradient, None, None, None) if ctx.dropped[ctx.in_update] else (None, gradient, None, None)
 
 
-def differs_by_phase(module: nn.Module) -> bool:
-    """Whether a derivative is dropped in one of the two places only."""
-    if not _Dropped.__subclasses__():  # nothing is dropped anywhere
-        return False
-    return any(isinstance(m, _Dropped) and m.dropped_in_relaxation != m.dropped_in_update for m in module.modules())
+def differs_by_phase(modules: Iterable[nn.Module]) -> bool:
+    """Whether any of the modules drops its derivative in one of the two places only."""
+    return any(isinstance(m, _Dropped) and m.dropped_in_relaxation != m.dropped_in_update for m in modules)
 
 
 @contextmanager

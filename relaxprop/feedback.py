@@ -13,15 +13,18 @@ gradient and nothing else, and then passes u through an identity whose backward 
 
 Under ``learned``, ψ and W get the same gradient, so with plain gradient descent ``W − ψ`` stays as it is; with weight
 decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994).
+What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there.
 Source: Millidge et al., arXiv 2010.06219, equation (3); the authors' text writes ψ for the transposed matrix, here ψ
 has the shape of W.
+
+May import: variants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +36,24 @@ FeedbackRule = Literal["learned", "random", "sign", "symmetric"]
 RULES: tuple[FeedbackRule, ...] = get_args(FeedbackRule)
 
 M = TypeVar("M", bound=nn.Module)
-_SYNAPTIC: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Synapses(NamedTuple):
+    """What a kind of layer computes with any weight of W's shape, and how it sends an error back.
+
+    Attributes:
+        forward: ``u = W x + b``, called with the layer, x and W.
+        adjoint: ``B^T g``, called with the layer, B, g and the shape of x.
+        why_not: why a layer of this kind cannot have backwards weights, if so.
+    """
+
+    forward: Callable[[Any, Tensor, Tensor], Tensor]
+    adjoint: Callable[[Any, Tensor, Tensor, torch.Size], Tensor]
+    why_not: Callable[[Any], str | None] = lambda layer: None
 
 
 def use_feedback(module: M, rule: FeedbackRule = "learned") -> M:
-    """Gives every Linear and Conv1d/2d/3d in ``module`` backwards weights, in place.
+    """Gives every synaptic layer in ``module`` (Linear, Conv1d/2d/3d: those of `LAYERS`) backwards weights, in place.
 
     Call it before the optimiser is made: learned backwards weights are parameters (``feedback``, of the weight's
     shape), fixed ones are buffers. Both start at N(0, s²), s the standard deviation of the layer's weights, drawn from
@@ -58,11 +74,9 @@ def use_feedback(module: M, rule: FeedbackRule = "learned") -> M:
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    layers = {name: m for name, m in module.named_modules() if isinstance(m, _SYNAPTIC)}
+    layers = {name: m for name, m in module.named_modules() if _synapses(m) is not None}
     if not layers:
-        raise ValueError(
-            f"module has no Linear or Conv1d/2d/3d layer: {type(module).__name__} needs no backwards weights"
-        )
+        raise ValueError(f"module has no {_kinds()} layer: {type(module).__name__} needs no backwards weights")
     for name, submodule in module.named_modules():
         reason = _why_not(submodule)
         if reason:
@@ -78,21 +92,15 @@ def _why_not(module: nn.Module) -> str | None:
     """Why backwards weights would not be right for a module, if so."""
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention reads its layers' weights without calling the layers"
-    if not isinstance(module, _SYNAPTIC):
+    synapses = _synapses(module)
+    if synapses is None:
         return None
     base = plain_class(module)
-    if not any(base.forward is kind.forward for kind in _SYNAPTIC):
+    if not any(base.forward is kind.forward for kind in LAYERS):
         return f"{base.__name__} has a forward pass of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"{base.__name__} has no weights before its first forward pass"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if module.padding_mode != "zeros":
-            return f"padding_mode={module.padding_mode!r} is not supported, only 'zeros'"
-        if module.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ):
-            return "padding='same' with an even kernel pads its two sides differently"
-    return None
+    return synapses.why_not(module)
 
 
 def _set_rule(layer: Any, rule: FeedbackRule) -> None:
@@ -125,14 +133,12 @@ class _Feedback(Variant):
     def forward(self, x: Tensor) -> Tensor:
         learned = self.feedback_rule == "learned"
         weight = _SharedGradient.apply(self.weight, self.feedback) if learned else self.weight  # type: ignore[no-untyped-call]
-        u: Tensor
-        if isinstance(self, nn.Linear):
-            u = functional.linear(x.detach(), weight, self.bias)
-        else:
-            u = self._conv_forward(x.detach(), weight, self.bias)  # type: ignore[operator]
+        synapses = _synapses(self)
+        assert synapses is not None
+        u = synapses.forward(self, x.detach(), weight)
         if not x.requires_grad or not torch.is_grad_enabled():
             return u
-        sent: Tensor = _SendBack.apply(u, x, self)  # type: ignore[no-untyped-call]
+        sent: Tensor = SendBack.apply(u, x, self, synapses.adjoint)  # type: ignore[no-untyped-call]
         return sent
 
     def backwards_weight(self) -> Tensor:
@@ -161,25 +167,37 @@ class _SharedGradient(torch.autograd.Function):
         return gradient if for_weight else None, gradient.clone() if for_feedback else None
 
 
-class _SendBack(torch.autograd.Function):
+class SendBack(torch.autograd.Function):
     """Identity of u; its backward passes the error on to u and sends ``B^T g`` to the layer's input x."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, x: Tensor, layer: _Feedback) -> Tensor:
+    def forward(ctx: Any, u: Tensor, x: Tensor, layer: _Feedback, adjoint: Any) -> Tensor:
         ctx.save_for_backward(layer.backwards_weight())
-        ctx.layer, ctx.shape = layer, x.shape
+        ctx.layer, ctx.adjoint, ctx.shape = layer, adjoint, x.shape
         return u.view_as(u)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (backwards_weight,) = ctx.saved_tensors
-        return gradient, _adjoint(ctx.layer, backwards_weight.to(gradient.dtype), gradient, ctx.shape), None
+        sent = ctx.adjoint(ctx.layer, backwards_weight.to(gradient.dtype), gradient, ctx.shape)
+        return gradient, sent, None, None
 
 
-def _adjoint(layer: nn.Module, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
-    """``W^T g``, of the layer's linear map with the given weight."""
-    if not isinstance(layer, nn.modules.conv._ConvNd):
-        return gradient @ weight
+def _linear(layer: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x, weight, layer.bias)
+
+
+def _linear_adjoint(layer: nn.Linear, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    return gradient @ weight
+
+
+def _convolution(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+    u: Tensor = convolve(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return u
+
+
+def _convolution_adjoint(layer: Any, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
     dimensions = weight.dim() - 2
     unbatched = len(shape) == dimensions + 1
     if unbatched:
@@ -203,6 +221,32 @@ def _adjoint(layer: nn.Module, weight: Tensor, gradient: Tensor, shape: torch.Si
         (True, False, False),
     )[0]
     return x_gradient.squeeze(0) if unbatched else x_gradient
+
+
+def _why_not_convolution(layer: Any) -> str | None:
+    if layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r} is not supported, only 'zeros'"
+    if layer.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)):
+        return "padding='same' with an even kernel pads its two sides differently"
+    return None
+
+
+_CONVOLUTION = Synapses(_convolution, _convolution_adjoint, _why_not_convolution)
+LAYERS: dict[type[nn.Module], Synapses] = {
+    nn.Linear: Synapses(_linear, _linear_adjoint),
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+}
+
+
+def _synapses(module: nn.Module) -> Synapses | None:
+    """The entry of the module's class, or of the nearest one that it derives from."""
+    return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
+
+
+def _kinds() -> str:
+    return " or ".join(kind.__name__ for kind in LAYERS)
 
 
 def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tensor]]:

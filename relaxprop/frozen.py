@@ -19,6 +19,8 @@ On any graph the derivative is the Jacobian of a vertex by the vertices that it 
 the choice that a max-pooling makes), and the activity is what a layer, a module with parameters of its own, reads. To
 take them at the current states the model's forward pass is run again with every vertex set to its state.
 Source: Millidge et al., arXiv 2010.06219, section 4.1 and Figures 1 and 3.
+
+May import: nothing of this project.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@ of the operation that reads it next: a view of what it is given (``x.T``, ``x[:,
 ``autograd.Function`` and of a scripted module, which PyTorch announces to nobody. What a function is composed of
 inside, as in ``nn.MultiheadAttention`` and ``nn.LSTM``, is one operation. Compiled parts of the model run uncompiled.
 Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the computation graph relaxes.
+
+May import: _pytorch.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,7 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from relaxprop._pytorch import (
+    arg_tree_leaves,
+    base,
+    in_forward_mode,
+    in_transform,
+    is_view,
+    may_be_compiled,
+    switches_gradients,
+    tree_map,
+)
 
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _DENSE = (torch.strided, torch.jagged)
@@ -26,7 +37,7 @@ _DENSE = (torch.strided, torch.jagged)
 
 def uncompiled() -> AbstractContextManager[Any]:
     """A context within which compiled parts of a model run as they were written."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and the import would take a second
+    if not may_be_compiled():  # then nothing is compiled, and the import would take a second
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
@@ -62,12 +73,11 @@ class EachOperation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch._C._set_grad_enabled:
+        if switches_gradients(func):
             self._note_gradients(args[0])
         if self._in_function:
             return func(*args, **kwargs)
-        # PyTorch has no public name for "is this inside of vmap, grad or another transform?"
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        transformed = in_transform()
         if self.cuts:
             _refuse_what_is_cut_off(func, transformed)
         result = func(*args, **kwargs)
@@ -77,7 +87,7 @@ class EachOperation(TorchFunctionMode):
             return self._replaced(result, func, args, kwargs) if result.requires_grad else result
         if not isinstance(result, tuple | list):
             return result
-        return pytree.tree_map(
+        return tree_map(
             lambda x: self._replaced(x, func, args, kwargs) if isinstance(x, Tensor) and x.requires_grad else x, result
         )
 
@@ -94,9 +104,9 @@ class EachOperation(TorchFunctionMode):
     def _replaced(self, result: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         if result.is_leaf or result.layout not in _DENSE:
             return result
-        read = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
+        read = [x for x in arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
         # A function may return a view of what it has computed inside: that is new.
-        if any(x is result for x in read) or (result._is_view() and any(_base(x) is result._base for x in read)):
+        if any(x is result for x in read) or (is_view(result) and any(base(x) is base(result) for x in read)):
             return result
         return self.replace(result, _name(func))
 
@@ -109,17 +119,13 @@ def _refuse_what_is_cut_off(func: Any, transformed: bool) -> None:
         reason = "the model uses a transform of torch.func, whose tensors cannot be cut"
     elif func is Tensor.retain_grad:
         reason = "the model calls retain_grad on an activity, whose gradient would be that of one product with A"
-    elif torch.autograd.forward_ad._current_level >= 0:  # PyTorch has no public name for it
+    elif in_forward_mode():
         reason = "the model differentiates in forward mode, whose tangents end at the next vertex"
     if reason is not None:
         raise ValueError(
             f"vertices='operations': {reason}: pass vertices='modules', 'activations', or the submodules whose outputs "
             "should relax"
         )
-
-
-def _base(x: Tensor) -> Tensor | None:
-    return x._base if x._is_view() else x
 
 
 def _name(func: Any) -> str:

@@ -7,7 +7,10 @@ r"""Solvers of the relaxation phase: from the initial state x̄ towards ``x* = �
 
 A is applied by `Graph.transport`; c_k and d_k come from `transients`. Where the relaxation's derivative is not frozen,
 A and s depend on x (`Graph.drive`): then `Euler` steps and `Continuous` integrates numerically.
+A new solver is a class here and its name in `SOLVERS`, from which messages and the command line derive.
 Source: Millidge et al., arXiv 2010.06219, Algorithm 1; the closed form is this project's own.
+
+May import: graph, transients.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache, lru_cache
 from numbers import Real
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relaxprop.frozen import Frozen
 from relaxprop.graph import Graph, States, Vertex
 from relaxprop.transients import (
     UPDATE_PROBABILITY,
@@ -80,7 +83,15 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """Finds the states at the end of a relaxation phase."""
+    """Finds the states at the end of a relaxation phase.
+
+    Attributes:
+        name: on the command line.
+        only_linear: whether it needs the relaxation to be linear, its derivative frozen.
+    """
+
+    name: ClassVar[str]
+    only_linear: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
@@ -90,9 +101,21 @@ class Solver(ABC):
     def hops(self, depth: int) -> Hops:
         """c_k and d_k for k < depth at the end of the phase, where the relaxation is linear."""
 
+    @property
+    @abstractmethod
+    def schedule(self) -> str:
+        """In which order the states are updated, and what that takes, in words."""
+
     def replay(self) -> Euler | None:
         """The step-by-step solver of the same states, if there is one: it tells in which step a state overflowed."""
         return None
+
+
+_SCHEDULES: dict[Order, str] = {
+    "simultaneous": "simultaneous: all states step together, by a global clock",
+    "sequential": "sequential, towards the input: each layer waits for the one that reads it",
+    "asynchronous": "asynchronous: no clock, each state is updated in a random half of the steps",
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +126,7 @@ class Euler(Solver):
         step_size: η in (0, 2).
         num_steps: number of steps, ≥ 1; with a tolerance, at most so many.
         order: "simultaneous" updates all vertices at once (the paper's text), "sequential" each from its
-            children's new states, from the output down (the authors' code), "asynchronous" in each step a
+            children's new states, from the output towards the input (the authors' code), "asynchronous" in each step a
             random half of the vertices (drawn from PyTorch's CPU generator, so ``torch.manual_seed`` fixes it).
         tolerance: stop as soon as ``‖A x + s − x‖ ≤ tolerance · ‖A x + s‖`` at every vertex, but not before the
             initial state's weight is down to the tolerance everywhere: deep in a graph, states can stand still
@@ -112,6 +135,8 @@ class Euler(Solver):
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
     """
+
+    name: ClassVar[str] = "euler"
 
     step_size: float = 0.1
     num_steps: int = 100
@@ -176,6 +201,10 @@ class Euler(Solver):
                 return False
         return True
 
+    @property
+    def schedule(self) -> str:
+        return _SCHEDULES[self.order]
+
     def replay(self) -> Euler | None:
         return None if self.order == "asynchronous" else self
 
@@ -184,7 +213,7 @@ class _Linear(Solver):
     """The closed form of a linear schedule: a polynomial in A whose coefficients are hop probabilities."""
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        check_solves(self, graph.frozen)
+        check_solves(self, linear=graph.is_linear)
         hops = self.hops(graph.depth)
         if hops.largest < NEGLIGIBLE:  # nothing of x̄ is left: x_n = x*
             states, transports = graph.sweep(lambda _, arriving: arriving), 1
@@ -199,8 +228,8 @@ class _Linear(Solver):
 def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     """``Σ_k [ c_k A^k x̄ + d_k A^k s ]`` by Horner's rule: y ← A y + c_k x̄ + d_k s, for k from the last term to 0.
 
-    A^k reaches no vertex with fewer than k vertices upstream from below the input, so stage k leaves those out: what is
-    nearest to the input, often the most expensive, is visited once.
+    After stage k there are k products with A to come, each a hop towards the input. So stage k leaves out the vertices
+    with fewer than k vertices upstream: those nearest to the input, often the most expensive, are visited once.
     """
     source, initial = graph.source(), graph.initial_states()
     states: States = {}  # those that are not zero
@@ -234,6 +263,9 @@ class ClosedForm(_Linear):
         TypeError, ValueError: an argument of the wrong type or outside its range.
     """
 
+    name: ClassVar[str] = "closed-form"
+    only_linear: ClassVar[bool] = True
+
     step_size: float = 0.1
     num_steps: int = 100
     _: KW_ONLY
@@ -246,6 +278,10 @@ class ClosedForm(_Linear):
 
     def hops(self, depth: int) -> Hops:
         return discrete_hops(depth, float(self.step_size), int(self.num_steps), self.order)
+
+    @property
+    def schedule(self) -> str:
+        return f"closed form; {_SCHEDULES[self.order]}"
 
     def _num_steps(self) -> int:
         return self.num_steps
@@ -268,6 +304,8 @@ class Continuous(_Linear):
         TypeError, ValueError: a duration that is no positive, finite number.
     """
 
+    name: ClassVar[str] = "continuous"
+
     duration: float = 10.0
 
     def __post_init__(self) -> None:
@@ -279,8 +317,12 @@ class Continuous(_Linear):
     def hops(self, depth: int) -> Hops:
         return continuous_hops(depth, self.duration)
 
+    @property
+    def schedule(self) -> str:
+        return "continuous time: no clock"
+
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        return super().solve(graph) if graph.frozen.relaxation_derivative else self._integrate(graph)
+        return super().solve(graph) if graph.is_linear else self._integrate(graph)
 
     def _integrate(self, graph: Graph) -> tuple[States, Relaxation]:
         """The nonlinear equation, by SciPy's adaptive Runge-Kutta method of order 5(4).
@@ -332,15 +374,22 @@ class Continuous(_Linear):
 
 @dataclass(frozen=True)
 class Equilibrium(Solver):
-    """The limit of every schedule, ``x* = s + A x* = ∂L/∂x``, by one sweep from the output to the input.
+    """The limit of every schedule, ``x* = s + A x* = ∂L/∂x``, by one sweep from the output towards the input.
 
     On a graph that is not cut, that sweep is reverse-mode differentiation: `ActivationRelaxation` leaves it to PyTorch.
     """
 
+    name: ClassVar[str] = "equilibrium"
+    only_linear: ClassVar[bool] = True
+
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        check_solves(self, graph.frozen)
+        check_solves(self, linear=graph.is_linear)
         states = graph.sweep(lambda _, arriving: arriving)
         return states, at_equilibrium(len(graph.vertices), graph.depth)
+
+    @property
+    def schedule(self) -> str:
+        return "equilibrium: the limit of every schedule, found in one sweep towards the input"
 
     def hops(self, depth: int) -> Hops:
         return Hops(np.zeros(depth), np.ones(depth))
@@ -351,17 +400,25 @@ def at_equilibrium(vertices: int | None, depth: int | None) -> Relaxation:
     return Relaxation(vertices, depth, num_steps=None, transports=1, remaining=0.0, converged=True)
 
 
-def check_solves(solver: Solver, frozen: Frozen) -> None:
+SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (ClosedForm, Euler, Continuous, Equilibrium)}
+
+
+def solver_names(*, nonlinear: bool = False) -> str:
+    """The solvers as a message lists them; where ``nonlinear``, those that solve a nonlinear relaxation."""
+    kinds = [kind.__name__ for kind in SOLVERS.values() if not (nonlinear and kind.only_linear)]
+    return ", ".join(f"{name}(…)" for name in kinds)
+
+
+def check_solves(solver: Solver, *, linear: bool) -> None:
     """Refuse a solver that needs a linear relaxation where it is not.
 
     Raises:
         ValueError: names the solver and those that can.
     """
-    if not frozen.relaxation_derivative and isinstance(solver, ClosedForm | Equilibrium):
+    if solver.only_linear and not linear:
         raise ValueError(
             f"solver={solver} sums powers of one linear operator, but with relaxation_derivative=False the Jacobians "
-            "follow the states and the relaxation is not linear: pass solver=Euler(0.1, 100), which simulates it, or "
-            "Continuous(10.0)"
+            f"follow the states and the relaxation is not linear: pass one of {solver_names(nonlinear=True)}"
         )
 
 
@@ -377,7 +434,7 @@ def _rounding(dtype: torch.dtype) -> float:
 
 def _record(graph: Graph, states: States, hops: Hops | None, *, num_steps: int | None, transports: int) -> Relaxation:
     remaining = converged = None
-    if hops is not None and graph.frozen.relaxation_derivative:
+    if hops is not None and graph.is_linear:
         remaining = hops.remaining
         converged = remaining <= min([_rounding(x.dtype) for x in states.values()], default=0.0)
     return _relaxation(len(graph.vertices), graph.depth, num_steps, transports, remaining, converged)

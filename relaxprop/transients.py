@@ -8,13 +8,15 @@ With a frozen feedforward pass the relaxation ``dx/dt = -x + A x + s`` is linear
 c_k is the probability that a random walk made exactly k hops from child to parent:
 
     simultaneous   x ← x + η (A x + s − x), all at once             Binomial(n, η)
-    sequential     the same in place, from the output down          negative binomial: k successes of
+    sequential     the same in place, towards the input             negative binomial: k successes of
                                                                      probability η before the n-th failure
     asynchronous   each vertex updates with probability p a step    Binomial(n, p η), in expectation
     continuous     dx/dt = −x + A x + s for a duration T            Poisson(T)
 
 For 1 < η < 2 the first two are no probabilities any more (the c_k alternate in sign), but the formulas hold.
 Source: Millidge et al., arXiv 2010.06219, equation (1); the closed form is this project's own.
+
+May import: nothing of this project.
 """
 
 from __future__ import annotations

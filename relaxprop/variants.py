@@ -1,5 +1,8 @@
 """A module's class with one thing changed, switched on and off in place: the module stays the same object, with its
-parameters, its name and its hooks, and is copied and pickled as ever."""
+parameters, its name and its hooks, and is copied and pickled as ever.
+
+May import: nothing of this project.
+"""
 
 from __future__ import annotations
 

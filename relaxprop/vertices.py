@@ -1,14 +1,18 @@
-"""Which parts of a model are vertices: operations, or the modules whose outputs relax."""
+"""Which parts of a model are vertices: operations, or the modules whose outputs relax.
+
+May import: _pytorch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from relaxprop._pytorch import has_hooks
 
 Granularity = Literal["activations", "modules", "operations"]
 
@@ -28,25 +32,32 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
         ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
         TypeError: anything else.
     """
+    return choose_vertices(module, named_parts(module), vertices)
+
+
+def choose_vertices(
+    module: nn.Module, parts: Mapping[nn.Module, str], vertices: Granularity | Iterable[nn.Module]
+) -> dict[nn.Module, str]:
+    """As `find_vertices`, given the `named_parts` of ``module``."""
     if isinstance(vertices, str):
         if vertices not in get_args(Granularity):
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
         if are_operations(vertices):
             return {}
         is_vertex = is_activation if vertices == "activations" else _is_one_piece
-        found = {m: name for m, name in named_parts(module).items() if is_vertex(m)}
+        found = {m: name for m, name in parts.items() if is_vertex(m)}
     else:
         if not isinstance(vertices, Iterable) or isinstance(vertices, nn.Module):
             raise TypeError(f"{ALLOWED}, got {type(vertices).__name__}")
-        names, found = named_parts(module), {}
+        found = {}
         for submodule in vertices:
             if not isinstance(submodule, nn.Module):
                 raise TypeError(f"{ALLOWED}, got {submodule!r} in it")
-            if submodule not in names:
+            if submodule not in parts:
                 raise ValueError(
                     f"{ALLOWED}, got a {type(submodule).__name__} that is not part of the {type(module).__name__}"
                 )
-            found[submodule] = names[submodule]
+            found[submodule] = parts[submodule]
     if not found:
         raise ValueError(
             f"vertices={vertices!r} finds no vertex in {type(module).__name__}: pass vertices='modules' (the output of "
@@ -77,7 +88,7 @@ _ACTIVATIONS: dict[type[nn.Module], bool] = {}
 
 def does_as_its_class_says(module: nn.Module) -> bool:
     """Whether a call of the module does nothing but compute its output: what else it did would happen once only."""
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    changed = has_hooks(module) or "forward" in vars(module)
     return not changed and type(module).__module__.startswith("torch.nn.") and _has_no_submodules(module)
 
 
@@ -117,21 +128,16 @@ def _add_children(module: nn.Module, prefix: str, parts: dict[nn.Module, str]) -
 
 
 class Hooked:
-    """A context within which ``hook(module, args, output)`` follows every call of the modules.
+    """A context within which ``hook(module, args, output)`` follows every call of the modules."""
 
-    ``register_forward_hook`` and its handle do the same at the price of a small layer.
-    """
-
-    def __init__(self, modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
         self.modules = modules
         self.hook = hook
 
     def __enter__(self) -> None:
-        for module in self.modules:
-            module._forward_hooks[id(self)] = self.hook
+        # A scripted module runs hooks, but refuses to register them by its own method.
+        self._handles = [nn.Module.register_forward_hook(m, self.hook) for m in self.modules]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for module in self.modules:
-            module._forward_hooks.pop(id(self), None)
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from relaxprop import ActivationRelaxation
 from relaxprop.graph import Graph, States
-from relaxprop.recording import Recorder
+from relaxprop.recording import record
 from relaxprop.vertices import Granularity
 
 # Relative distance (of norms) at which two results are the same.
@@ -118,7 +118,7 @@ def driven_graph(
     loss: Callable[[Any], Tensor] = squares,
 ) -> Graph:
     torch.manual_seed(2)
-    recording = Recorder().record(module, vertices, inputs)
+    recording = record(module, vertices, inputs)
     outputs: list[Tensor] = []
 
     def cut_off(x: Any) -> Any:
@@ -133,4 +133,4 @@ def driven_graph(
 
 
 def random_states(graph: Graph) -> States:
-    return {v: torch.randn_like(v.leaf) for v in graph.vertices}
+    return {v: torch.randn_like(v.stand_in) for v in graph.vertices}

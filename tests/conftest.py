@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcome", type=Path, help="a file for the numbers of tests and the versions that they ran on")
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path: Path | None = config.getoption("--outcome")
+    if path is None:
+        return
+    results = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "failed", "error", "skipped")}
+    outcome = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": " ".join(["pytest", *config.invocation_params.args]),
+        **{kind: len(reports) for kind, reports in results.items()},
+        "failures": [report.nodeid for kind in ("failed", "error") for report in results[kind]],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(outcome, indent=2) + "\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -151,6 +151,8 @@ def test_clipping_does_not_act_twice() -> None:
     assert torch.equal(psi, expected)
 
 
+# PyTorch 2.10 says so wherever its profiler starts.
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_no_transport_computes_a_weight_gradient() -> None:
     """The weight gradient of a layer is the one matrix product with its input: counted over 50 steps."""
     network, x = use_feedback(mlp(4, 5, 6, 3).double(), "learned"), torch.randn(7, 4).double()

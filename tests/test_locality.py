@@ -15,12 +15,15 @@ from relaxprop import (
     Equilibrium,
     Euler,
     Frozen,
+    Locality,
+    describe_locality,
     drop_derivatives,
     use_feedback,
 )
 from relaxprop.feedback import FeedbackRule
-from relaxprop.locality import Locality, Reads, describe_locality
+from relaxprop.inspect.walk import Reads
 from relaxprop.solvers import Solver
+from relaxprop.update import gradients as weight_gradients
 from tests.compare import backward, random_states, squares
 from tests.problems import PROBLEMS, Branches, Nested, Problem, Shared, Unrolled, mlp, name_of, regularised
 
@@ -364,7 +367,7 @@ def test_states_reach_what_says_that_it_reads_them(problem: Problem) -> None:
         for reader in graph.vertices:
             arrives = reader in sent and bool(sent[reader].count_nonzero())
             assert arrives == (f"x of {vertex.name}" in rows[f"x of {reader.name}"].activities)
-        arrived = graph.gradients({vertex: x}, list(names.values()), driven=False)
+        arrived = weight_gradients(graph, {vertex: x}, list(names.values()), driven=False)
         for name, gradient in zip(names, arrived, strict=True):
             (row,) = [row for row in rows.values() if name in row.update.split(", ")]
             assert (gradient is not None) == (f"x of {vertex.name}" in row.activities)
@@ -385,16 +388,22 @@ def problem_parameters(read: dict[int, Tensor], problem: Problem) -> dict[str, T
 # -------------------------------------------------------------------------------------------------- as a report
 
 
+SEQUENTIAL = "sequential, towards the input: each layer waits for the one that reads it"
+
+
 @pytest.mark.parametrize(
     ("solver", "words"),
     [
-        (ClosedForm(), "closed form of the simultaneous order: all states step together, by a global clock"),
+        (ClosedForm(), "closed form; simultaneous: all states step together, by a global clock"),
         (Euler(), "simultaneous: all states step together, by a global clock"),
-        (Euler(order="sequential"), "sequential, from the output down: each layer waits for the one above"),
-        (ClosedForm(order="sequential"), "sequential, from the output down: each layer waits for the one above"),
+        (Euler(order="sequential"), SEQUENTIAL),
+        (ClosedForm(order="sequential"), f"closed form; {SEQUENTIAL}"),
         (Euler(order="asynchronous"), "asynchronous: no clock, each state is updated in a random half of the steps"),
         (Continuous(), "continuous time: no clock"),
-        (Equilibrium(), "equilibrium: the limit of every schedule, found in one sweep from the output down"),
+        (
+            Equilibrium(),
+            "equilibrium: the limit of every schedule, found in one sweep towards the input",
+        ),
     ],
     ids=name_of,
 )

@@ -2,6 +2,8 @@
 
 Those that a library keeps come from there, with random weights; the others are written plainly, as a user would. All
 of them use PyTorch's functions as they please: what relaxes are their operations.
+
+May import: lab.data, lab.models, lab.training.
 """
 
 from __future__ import annotations

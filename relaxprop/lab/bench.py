@@ -1,6 +1,8 @@
 """What a training step costs: interleaved, medians, ratios within one process.
 
 The steps of all rules alternate, so that a slow spell of the machine falls on all of them alike.
+
+May import: frozen, public names, solvers, vertices, lab.data, lab.models, lab.records, lab.training.
 """
 
 from __future__ import annotations
@@ -19,14 +21,13 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from relaxprop.frozen import ALL_FROZEN, Frozen
+from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen
+from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab import models
 from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.records import environment
 from relaxprop.lab.training import squared_error
-from relaxprop.recording import Recorder
-from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
+from relaxprop.solvers import Solver
 from relaxprop.vertices import find_vertices
 
 BASELINE = "backpropagation"
@@ -253,9 +254,9 @@ class _Problem:
         }
 
     def _euler_steps(self, network: nn.Module, frozen: Frozen) -> Step:
-        recorder = Recorder(frozen=frozen)
+        model = ActivationRelaxation(network, solver=Euler(), frozen=frozen)
         for _ in range(2):  # the first pass learns where copies are needed
-            recording = recorder.record(network, "activations", [self.inputs])
+            recording = model.record([self.inputs])
         (output,) = recording.graph.outputs
         recording.graph.drive_outputs([2 * (output.detach() - self.targets)])
         euler, initial = Euler(), recording.graph.initial_states()

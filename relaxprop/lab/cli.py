@@ -1,4 +1,8 @@
-"""The command line: strings become objects here."""
+"""The command line: strings become objects here.
+
+May import: public names, solvers, transients, vertices, lab.architectures, lab.bench, lab.data, lab.engine,
+lab.figures, lab.graphs, lab.models, lab.records, lab.training.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from relaxprop import __version__
-from relaxprop.frozen import Frozen
+from relaxprop import Frozen, NonFiniteStateError, __version__
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab import data, figures, graphs, records
 from relaxprop.lab.architectures import ARCHITECTURES
@@ -27,18 +30,9 @@ from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
 from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelError, ModelName, PapersModel
-from relaxprop.lab.records import (
-    SOLVERS,
-    EpochMetrics,
-    Loss,
-    OptimizerName,
-    OutputError,
-    Rule,
-    RunConfig,
-    SolverName,
-)
+from relaxprop.lab.records import EpochMetrics, Loss, OptimizerName, OutputError, Rule, RunConfig
 from relaxprop.lab.training import train as train_network
-from relaxprop.relaxation import NonFiniteStateError
+from relaxprop.solvers import SOLVERS
 from relaxprop.transients import Order, check_step_size
 from relaxprop.vertices import Granularity
 
@@ -88,26 +82,41 @@ AlignmentOption = Annotated[
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 
 
+def _known_solver(name: str | None) -> str | None:
+    if name is not None and name not in SOLVERS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, SOLVERS))}.")
+    return name
+
+
+def _solver_option(field: str, what: str) -> Any:
+    """An option of those solvers that have it, with their default."""
+    takers = {
+        name: kind.__dataclass_fields__[field] for name, kind in SOLVERS.items() if field in kind.__dataclass_fields__
+    }
+    default = next(iter(takers.values())).default
+    shown = "" if default is None else f" (default: {default})"
+    return typer.Option(help=f"{what}; {', '.join(takers)}.{shown}")
+
+
 @app.command()
 def train(
     dataset: DatasetOption = "digits",
     model: ModelOption = "mlp",
     rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
     solver: Annotated[
-        SolverName | None,
+        str | None,
         typer.Option(
+            metavar=f"[{'|'.join(SOLVERS)}]",
+            callback=_known_solver,
             help="How the relaxation phase is integrated. (default: closed-form, or euler where the relaxation's "
-            "derivative is unfrozen)"
+            "derivative is unfrozen)",
         ),
     ] = None,
-    step_size: Annotated[float | None, typer.Option(help="η in (0, 2); closed-form, euler. (default: 0.1)")] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Relaxation steps; closed-form, euler. (default: 100)")] = None,
-    order: Annotated[
-        Order | None,
-        typer.Option(help="Order of updates; closed-form, euler (asynchronous: euler only). (default: simultaneous)"),
-    ] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Stop early at this residual; euler.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Time T; continuous. (default: 10)")] = None,
+    step_size: Annotated[float | None, _solver_option("step_size", "η in (0, 2)")] = None,
+    num_steps: Annotated[int | None, _solver_option("num_steps", "Relaxation steps")] = None,
+    order: Annotated[Order | None, _solver_option("order", "Order of updates; asynchronous: euler only")] = None,
+    tolerance: Annotated[float | None, _solver_option("tolerance", "Stop early at this residual")] = None,
+    duration: Annotated[float | None, _solver_option("duration", "Time T")] = None,
     unfreeze: Annotated[
         list[Quantity] | None,
         typer.Option(help="Take it at the current states, not from the feedforward pass; repeat it for several."),
@@ -500,7 +509,7 @@ def _options(
 
 
 def _run_config(
-    solver_options: dict[str, Any], *, solver: SolverName | None, unfreeze: Sequence[Quantity], **values: Any
+    solver_options: dict[str, Any], *, solver: str | None, unfreeze: Sequence[Quantity], **values: Any
 ) -> RunConfig:
     given_flags = {
         "--solver": solver,

@@ -4,6 +4,8 @@
 this Python installation's own standard library. The others come from the Hugging Face Hub or, offline, from a folder
 with ``<name>/train.parquet`` and ``<name>/test.parquet`` in the Hub's schema: a column of images and one of classes.
 Any data set of that kind in such a folder will do.
+
+May import: nothing of this project.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Runs a list of run descriptions, one after the other; what is finished on disk is not computed again."""
+"""Runs a list of run descriptions, one after the other; what is finished on disk is not computed again.
+
+May import: lab.data, lab.records, lab.training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The experiments: each is a list of runs, and a table and figures made from their metrics alone."""
+"""The experiments: each is a list of runs, and a table and figures made from their metrics alone.
+
+May import: feedback, frozen, public names, transients, lab.data, lab.engine, lab.models, lab.plots, lab.records,
+lab.training.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ import numpy as np
 import torch
 from scipy import special
 
-from relaxprop.diagnostics import Convergence, convergence
+from relaxprop import ActivationRelaxation, Convergence, Euler, Frozen, convergence
 from relaxprop.feedback import FeedbackRule
-from relaxprop.frozen import ALL_FROZEN, Frozen
+from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab import models, plots
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engine import FinishedRun
@@ -33,8 +37,6 @@ from relaxprop.lab.records import (
     write_atomically,
 )
 from relaxprop.lab.training import squared_error
-from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import Euler
 from relaxprop.transients import Order
 
 Claim = Literal["equivalent", "worse", "destroyed"]
@@ -149,9 +151,9 @@ def condition_runs(
     ``only`` names conditions to which the baselines are added; by default all.
 
     ``as_coded`` takes the authors' code where it differs from the paper's text on purpose: vertices are updated in
-    sequence from the output down, the last two minibatches are left out, d relaxes the input too, and the CNN has the
-    code's sizes, inputs in [−1, 1] and twice the learning rate in its convolutions. Not taken: the code's defects, and
-    its bound of 50 on the convolutions' steps.
+    sequence from the output towards the input, the last two minibatches are left out, d relaxes the input too, and the
+    CNN has the code's sizes, inputs in [−1, 1] and twice the learning rate in its convolutions. Not taken: the code's
+    defects, and its bound of 50 on the convolutions' steps.
     """
     values = {"model": experiment.model, "dataset": dataset, "data": data, "epochs": epochs}
     values |= {"alignment_every": alignment_every} | dict(experiment.settings.get(dataset, {}))

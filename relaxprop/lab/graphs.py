@@ -1,4 +1,7 @@
-"""Appendix A on real models: the gradients of every architecture, without a global clock too, and the cost of depth."""
+"""Appendix A on real models: the gradients of every architecture, without a global clock too, and the cost of depth.
+
+May import: public names, recording, solvers, transients, lab.architectures, lab.bench, lab.plots, lab.records.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,22 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from relaxprop.diagnostics import alignment, convergence
+from relaxprop import (
+    ActivationRelaxation,
+    ClosedForm,
+    Equilibrium,
+    Euler,
+    alignment,
+    convergence,
+    steps_to_converge,
+)
 from relaxprop.lab import plots
 from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
 from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
 from relaxprop.lab.records import environment, markdown_table, write_atomically
-from relaxprop.recording import Recorder
-from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import ClosedForm, Equilibrium, Euler, Solver
-from relaxprop.transients import UPDATE_PROBABILITY, steps_to_converge
+from relaxprop.recording import record
+from relaxprop.solvers import Solver
+from relaxprop.transients import UPDATE_PROBABILITY
 
 STEP_SIZE = 0.5
 TOLERANCE = 1e-14  # weight of the initial state; gradients can be many orders of magnitude smaller than activities
@@ -92,7 +102,7 @@ def error(problem: Problem, solver: Solver) -> float:
 
 
 def _depth(problem: Problem) -> tuple[int, int]:
-    graph = Recorder().record(problem.model, "operations", problem.inputs).graph
+    graph = record(problem.model, "operations", problem.inputs).graph
     return graph.depth, len(graph.vertices)
 
 

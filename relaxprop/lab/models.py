@@ -1,4 +1,7 @@
-"""The networks that experiments train: the paper's, and others from a library; simplifications of their parts."""
+"""The networks that experiments train: the paper's, and others from a library; simplifications of their parts.
+
+May import: feedback, public names, lab.data.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from relaxprop.derivatives import drop_derivatives
-from relaxprop.feedback import FeedbackRule, use_feedback
+from relaxprop import drop_derivatives, use_feedback
+from relaxprop.feedback import FeedbackRule
 from relaxprop.lab.data import Dataset
 
 PapersModel = Literal["mlp", "cnn", "cnn-as-coded"]

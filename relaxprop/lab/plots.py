@@ -1,4 +1,7 @@
-"""Figures, drawn from numbers alone."""
+"""Figures, drawn from numbers alone.
+
+May import: public names.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from relaxprop.diagnostics import Convergence
+from relaxprop import Convergence
 
 if TYPE_CHECKING:
     from relaxprop.lab.figures import AlignmentCurves, Mean

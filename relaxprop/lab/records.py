@@ -8,6 +8,8 @@
                     checkpoint.safetensors the weights and the optimiser's state after the last epoch that is finished
 
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
+
+May import: feedback, public names, solvers, vertices, wrapper, lab.models.
 """
 
 from __future__ import annotations
@@ -28,27 +30,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from relaxprop import Frozen, Locality
 from relaxprop.feedback import FeedbackRule
-from relaxprop.frozen import Frozen
 from relaxprop.lab.models import Dropped, ModelName, Part
-from relaxprop.locality import Locality
-from relaxprop.relaxation import check_update
-from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Solver, check_solves
+from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import Granularity
+from relaxprop.wrapper import check_together
 
 Rule = Literal["ar", "backprop"]
 Loss = Literal["squared-error", "cross-entropy"]
 OptimizerName = Literal["sgd", "adam"]
-SolverName = Literal["closed-form", "euler", "continuous", "equilibrium"]
-SOLVERS: dict[SolverName, type[Solver]] = {
-    "closed-form": ClosedForm,
-    "euler": Euler,
-    "continuous": Continuous,
-    "equilibrium": Equilibrium,
-}
 
 
-def default_solver(frozen: Frozen) -> SolverName:
+def default_solver(frozen: Frozen) -> str:
     """The paper's 100 steps of 0.1: in closed form where the relaxation is linear, else simulated."""
     return "closed-form" if frozen.relaxation_derivative else "euler"
 
@@ -76,7 +70,7 @@ class RunConfig(BaseModel):
     data: str | None = None  # the data set's digest
     model: ModelName = "mlp"
     rule: Rule = "ar"
-    solver: SolverName = "closed-form"
+    solver: str = "closed-form"  # a name of `SOLVERS`
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
     vertices: Granularity = "activations"
     frozen: Frozen = Frozen()
@@ -121,10 +115,10 @@ class RunConfig(BaseModel):
         name = values.get("solver") or default_solver(frozen)
         kind = SOLVERS.get(name)
         if kind is None:
-            return values
+            *others, last = map(repr, SOLVERS)
+            raise ValueError(f"solver must be {', '.join(others)} or {last}, got {name!r}")
         solver = kind(**values.get("solver_options", {}))
-        check_solves(solver, frozen)
-        check_update(values.get("vertices", "activations"), frozen)
+        check_together(solver, values.get("vertices", "activations"), frozen)
         parts = values.get("feedback", {})
         if isinstance(parts, dict):  # their order is that of the random draws
             parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}

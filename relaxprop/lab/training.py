@@ -1,4 +1,7 @@
-"""The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off."""
+"""The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
+
+May import: public names, lab.data, lab.models, lab.records.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relaxprop.diagnostics import alignment, certificate, feedback_alignment
+from relaxprop import ActivationRelaxation, alignment, certificate, describe_locality, feedback_alignment
 from relaxprop.lab import models
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.records import AlignmentSample, EpochMetrics, Loss, OptimizerName, Record, RunConfig
-from relaxprop.locality import describe_locality
-from relaxprop.relaxation import ActivationRelaxation
 
 OnEpoch = Callable[[EpochMetrics], None]
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from relaxprop import ActivationRelaxation, NonFiniteStateError
 from relaxprop.frozen import Frozen
 from relaxprop.lab import data, training
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.models import ModelError, build
 from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig, read_run
 from relaxprop.lab.training import accuracy, minibatches, train
-from relaxprop.relaxation import ActivationRelaxation, NonFiniteStateError
 from relaxprop.solvers import ClosedForm, Euler
 
 

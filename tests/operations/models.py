@@ -168,13 +168,17 @@ def indexes(s: Any, x: Tensor) -> Any:
     return picked, torch.gather(h, 1, index), scattered, g[torch.arange(3), h.argmax(1)] * h.round().long().sum()
 
 
+# PyTorch 2.6 has none.
+_AMINMAX_HAS_A_DERIVATIVE = "Aminmax" in str(torch.aminmax(torch.ones(1, requires_grad=True)).max.grad_fn)
+
+
 @works
 def has_several_results(s: Any, x: Tensor) -> Any:
     h, g = s.a(x), s.b(x)
     top = h.max(1)
-    spread = torch.aminmax(g, dim=1)
+    low, high = torch.aminmax(g, dim=1) if _AMINMAX_HAS_A_DERIVATIVE else torch.std_mean(g, dim=1)
     lists = torch._foreach_add(torch._foreach_mul([h, g], 2.0), 1.0)
-    return top.values * top.indices, h.topk(2)[0] + g.sort(1).values[:, 2:], spread.max * spread.min, lists[0] * g
+    return top.values * top.indices, h.topk(2)[0] + g.sort(1).values[:, 2:], low * high, lists[0] * g
 
 
 @works

@@ -1,46 +1,35 @@
-r"""What every update reads: a claim of biological plausibility, checked on the user's own model.
-
-    (1)  dx_i/dt = −x_i + Σ_j W^T (f' ⊙ x_j)         its own state; states, derivatives and weights of the children j
-    (2)  ΔW ∝ (W_+^T (f' ⊙ x_j)) x^T                 the same of what is above the layer, and the presynaptic activity
+r"""Follows PyTorch's graph of a recorded pass from every state and output towards the input, and says what is read.
 
 No equation of any layer is known here. One forward pass is recorded as for training, and PyTorch's own graph of it is
-followed from each vertex j, and from the output, up to the vertices and parameters that j was computed from. On the way
+followed from each vertex j, and from the output, to the vertices and parameters that j was computed from. On the way
 a node's backward reads what the node has saved, and where a saved tensor came from tells what it is:
 
     from parameters only                           a weight, or a gain, that carries the error
     from an activity                               the derivative of a function that is not linear
     from an activity, on the parameter's branch    the presynaptic activity
 
-Not seen: what is computed from activities without a gradient (``x * (x > 0)`` reads a mask).
-Not judged: weights shared by places (convolution) or by moments (a layer that is called again), which make an update a
-sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
-Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
+May import: derivatives, feedback, graph, nested, vertices, wrapper, _pytorch.
 """
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from relaxprop.derivatives import _EitherWay
-from relaxprop.diagnostics import check_model, undisturbed
-from relaxprop.feedback import _SendBack
-from relaxprop.graph import Vertex, _AccumulateGrad
-from relaxprop.operations import uncompiled
-from relaxprop.recording import Recorder, map_tensors, tensors_requiring_grad
-from relaxprop.relaxation import ActivationRelaxation
-from relaxprop.solvers import ClosedForm, Continuous, Euler, Solver
-from relaxprop.vertices import are_operations, find_layers, named_parts
+from relaxprop._pytorch import backward_class, is_leaf_node, leaf_of
+from relaxprop.derivatives import EitherWay
+from relaxprop.feedback import SendBack
+from relaxprop.graph import Vertex
+from relaxprop.nested import map_tensors, tensors_in, tensors_requiring_grad
+from relaxprop.vertices import find_layers
+from relaxprop.wrapper import ActivationRelaxation
 
 KINDS = {
     "weight transport": "W is known only to its layer's own synapses, but carries an error back",
@@ -48,7 +37,6 @@ KINDS = {
     "memory of x̄": "non-local in time, as it has to be remembered while x relaxes",
     "minibatch": "batch norm's statistics are those of other samples too",
 }
-_LINE = 100  # columns of a printed table
 
 
 @dataclass(frozen=True)
@@ -72,88 +60,6 @@ class Reads:
     weights: tuple[str, ...]
     derivative: tuple[str, ...]
     non_local: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Locality:
-    """What every update of a model reads; ``print`` shows it as a table.
-
-    Attributes:
-        rows: those of (1), in the order of the feedforward pass, then those of (2), in the order of the model's layers.
-        schedule: in which order the states are updated, and what that takes.
-    """
-
-    rows: tuple[Reads, ...]
-    schedule: str
-
-    @property
-    def non_local(self) -> set[str]:
-        """The kinds of what is not local, of `KINDS`."""
-        return {entry.partition(":")[0] for row in self.rows for entry in row.non_local}
-
-    def __str__(self) -> str:
-        titles = [("update",), ("eq.",), ("reads",), ("weights",), ("derivative",), ("not local",)]
-        rows = [
-            [row.update.split(", "), (f"({row.equation})",), row.activities, row.weights, row.derivative, row.non_local]
-            for row in self.rows
-        ]
-        notes = [f"{kind}: {why}" for kind, why in KINDS.items() if kind in self.non_local]
-        notes = ["x: current state, x̄: stored activity, pre: presynaptic", f"schedule: {self.schedule}", *notes]
-        return "\n".join([*_table([titles, *rows]), "", *_wrapped(notes, _LINE)])
-
-
-def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
-    r"""Lists for every update of (1) and (2) what it reads, and what of that is not local.
-
-        (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i        a row for every vertex i
-        (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                        a row for every module with parameters of its own
-
-    Learned backwards weights, equation (3), have a row of their own. All is found in one forward pass in the model's
-    current mode, with the loss taken to depend on every output. The model, its buffers and the random state stay as
-    they are.
-
-    Args:
-        model: the wrapped module.
-        inputs: the model's arguments.
-
-    Raises:
-        TypeError: ``model`` is not wrapped.
-        ValueError: its vertices are operations, of which a layer has several, or a part of it is scripted.
-    """
-    check_model(model)
-    for module, name in named_parts(model.module).items():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"describe_locality cannot see into the scripted module {name!r}: describe the model as it was before "
-                "it was scripted"
-            )
-    if are_operations(model.vertices):
-        raise ValueError(
-            "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
-            "(model.module) with vertices='modules' or 'activations'"
-        )
-    try:
-        with undisturbed(model), torch.enable_grad(), uncompiled():
-            walk = _Walk(model, inputs)
-            return Locality((*walk.states(), *walk.layers()), _schedule(model.solver))
-    except TypeError as error:  # an argument is missing
-        if not inputs:
-            error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")
-        raise
-
-
-def _schedule(solver: Solver) -> str:
-    if getattr(solver, "order", None) == "sequential":
-        return "sequential, from the output down: each layer waits for the one above"
-    if getattr(solver, "order", None) == "asynchronous":
-        return "asynchronous: no clock, each state is updated in a random half of the steps"
-    if isinstance(solver, Euler):
-        return "simultaneous: all states step together, by a global clock"
-    if isinstance(solver, ClosedForm):
-        return "closed form of the simultaneous order: all states step together, by a global clock"
-    if isinstance(solver, Continuous):
-        return "continuous time: no clock"
-    return "equilibrium: the limit of every schedule, found in one sweep from the output down"
 
 
 class _Leaf(NamedTuple):
@@ -194,19 +100,19 @@ _LINEAR = {
 }
 _SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}  # save no values
 _GAINS = {"Mul", "Div", "Addcmul", "PreluKernel"}  # and norms: one number per unit, which the unit itself knows
-_EITHER_WAY: Any = _EitherWay._backward_cls
-_SEND_BACK: Any = _SendBack._backward_cls
+_EITHER_WAY: Any = backward_class(EitherWay)
+_SEND_BACK: Any = backward_class(SendBack)
 
 
-class _Walk:
-    """A recorded pass, and what is read on every way up through its graph.
+class Walk:
+    """A recorded pass, and what is read on every way through its graph towards the input.
 
     Attributes:
         vertices: by vertex, the node that computed it.
         ends: by the name of an output's error, the node that computed the output.
         order: the nodes, each after all that it was computed from.
-        above: by node, those that it was computed from, each with the number of the edge.
-        sources: by node, where the ways up from it end.
+        computed_from: by node, those that it was computed from, each with the number of the edge.
+        sources: by node, where the ways from it towards the input end.
         saved: by node, the tensors that it saved, each with the node that computed it.
         within: by node, the module without submodules that made it.
         returned: by node, the layer that returned what it computed.
@@ -219,7 +125,7 @@ class _Walk:
         self.vertices: dict[Vertex, Node] = {}
         self.ends: dict[str, Node] = {}
         self.order: list[Node] = []
-        self.above: dict[Node, list[tuple[int, Node]]] = {}
+        self.computed_from: dict[Node, list[tuple[int, Node]]] = {}
         self.sources: dict[Node, frozenset[_Leaf]] = {}
         self.saved: dict[Node, list[tuple[Tensor, Node | None]]] = {}
         self.within: dict[Node, str] = {}
@@ -238,7 +144,7 @@ class _Walk:
         layers = set(find_layers(self.module))
         handles = [handle for m in self.names for handle in self._note(m, m in layers)]
         try:
-            graph = Recorder(model.output, self.frozen).record(self.module, model.vertices, arguments).graph
+            graph = model.record(arguments).graph
         finally:
             for handle in handles:
                 handle.remove()
@@ -249,9 +155,9 @@ class _Walk:
         for vertex in graph.recorded:
             node = self._visit(vertex.output)
             if not is_real(node):  # a vertex only because the input is traced
-                self.joined[id(vertex.leaf)] = node
+                self.joined[id(vertex.stand_in)] = node
                 continue
-            self.leaves[id(vertex.leaf)] = _Leaf("vertex", vertex.name)
+            self.leaves[id(vertex.stand_in)] = _Leaf("vertex", vertex.name)
             if vertex in graph.vertices:
                 self.vertices[vertex] = node
         nodes = [node for output in graph.outputs if is_real(node := self._visit(output))]
@@ -276,7 +182,7 @@ class _Walk:
                 node = stack.pop()
                 if node not in before and node not in self.within:
                     self.within[node] = name
-                    stack += [above for above, _ in node.next_functions if above is not None]
+                    stack += [earlier for earlier, _ in node.next_functions if earlier is not None]
 
         if is_layer or is_whole:
             yield module.register_forward_pre_hook(on_call, with_kwargs=True)
@@ -287,9 +193,9 @@ class _Walk:
         stack = [first := _node(end)]
         while stack:
             node = stack[-1]
-            if node not in self.above:
-                self.above[node] = self._above(node)
-                stack += [above for _, above in self.above[node] if above not in self.sources]
+            if node not in self.computed_from:
+                self.computed_from[node] = self._computed_from(node)
+                stack += [earlier for _, earlier in self.computed_from[node] if earlier not in self.sources]
                 continue
             stack.pop()
             if node not in self.sources:
@@ -298,27 +204,27 @@ class _Walk:
                 self.order.append(node)
         return first
 
-    def _above(self, node: Node) -> list[tuple[int, Node]]:
-        if type(node) is _AccumulateGrad:
-            joined = self.joined.get(id(cast(Any, node).variable))
+    def _computed_from(self, node: Node) -> list[tuple[int, Node]]:
+        if is_leaf_node(node):
+            joined = self.joined.get(id(leaf_of(node)))
             return [] if joined is None else [(0, joined)]
-        return [(i, above) for i, (above, _) in enumerate(node.next_functions) if above is not None]
+        return [(i, earlier) for i, (earlier, _) in enumerate(node.next_functions) if earlier is not None]
 
     def _sources(self, node: Node) -> frozenset[_Leaf]:
-        if not self.above[node]:
-            return frozenset({self.leaves.get(id(cast(Any, node).variable), _INPUT)})
-        sources = frozenset[_Leaf]().union(*(self.sources[above] for _, above in self.above[node]))
+        if not self.computed_from[node]:
+            return frozenset({self.leaves.get(id(leaf_of(node)), _INPUT)})
+        sources = frozenset[_Leaf]().union(*(self.sources[earlier] for _, earlier in self.computed_from[node]))
         # What a layer returns is an activity, even if it was computed from parameters alone.
         return sources | {_INPUT} if node in self.returned or self._looks_up(node) else sources
 
     def _looks_up(self, node: Node) -> bool:
         """Whether the node takes from parameters what indices say: an embedding. Indices have no gradient."""
-        return all(_are_parameters(self.sources[above]) for _, above in self.above[node]) and any(
+        return all(_are_parameters(self.sources[earlier]) for _, earlier in self.computed_from[node]) and any(
             computed is None and not _is_continuous(x) for x, computed in self.saved[node]
         )
 
     def _ways(self, kind: Literal["vertex", "parameter"]) -> _Ways:
-        """By node and by the leaf where ways up from it end, what is read on all of these ways.
+        """By node and by the leaf where ways from it towards the input end, what is read on all of these ways.
 
         Those to vertices are the relaxation's, (1), those to parameters the update's, (2).
         """
@@ -326,17 +232,17 @@ class _Walk:
         for node in self.order:
             found: dict[_Leaf, _Uses] = {}
             ways[node] = found
-            if not self.above[node]:
+            if not self.computed_from[node]:
                 found |= {leaf: {} for leaf in self.sources[node] if leaf.kind == kind}
-            for i, above in self.above[node]:
+            for i, earlier in self.computed_from[node]:
                 if isinstance(node, _EITHER_WAY) and i != (0 if node.dropped[kind == "parameter"] else 1):
                     continue
-                uses = self._uses(node, i, above) if ways[above] else {}
-                for leaf, further in ways[above].items():
+                uses = self._uses(node, i, earlier) if ways[earlier] else {}
+                for leaf, further in ways[earlier].items():
                     found[leaf] = found.get(leaf, {}) | uses | further
         return ways
 
-    def _uses(self, node: Any, i: int, above: Node) -> _Uses:
+    def _uses(self, node: Any, i: int, earlier: Node) -> _Uses:
         """What a node's backward reads to send the error on along its edge i."""
         within = self.within.get(node, "")
         if isinstance(node, _EITHER_WAY):
@@ -355,16 +261,16 @@ class _Walk:
         if measures and not isinstance(self.modules.get(within), nn.modules.instancenorm._InstanceNorm):
             uses[_Use("minibatch", within or _spoken(operation))] = None
         if operation in _LINEAR or ("BatchNorm" in operation and not measures):
-            is_square = [n for n, _ in node.next_functions].count(above) > 1
-            saved = [(x, computed) for x, computed in saved if computed is not above or is_square]
-        if _are_parameters(self.sources[above]):  # not the error's way on, but the parameter's branch
+            is_square = [n for n, _ in node.next_functions].count(earlier) > 1
+            saved = [(x, computed) for x, computed in saved if computed is not earlier or is_square]
+        if _are_parameters(self.sources[earlier]):  # not the error's way on, but the parameter's branch
             for _, computed in saved:
                 if computed not in (None, node) and not _are_parameters(self.sources[computed]):
                     uses |= self._presynaptic(computed, within)
             return uses | {_Use("input", "input"): None} if self._looks_up(node) else uses
         function = _Use("derivative", within or _spoken(operation), within=within)
         if operation in _SELECTIONS:
-            uses[function._replace(moves=_move(self.sources[above]))] = None
+            uses[function._replace(moves=_move(self.sources[earlier]))] = None
         for x, computed in saved:
             sources = frozenset[_Leaf]() if computed is None else self.sources.get(computed, self.sources[node])
             if weights := self._weights(x, sources):
@@ -392,12 +298,12 @@ class _Walk:
             seen.add(node)
             if self.returned.get(node, within) != within:
                 uses[_Use("output", self.returned[node], _move(self.sources[node]))] = None
-            elif not self.above[node]:
+            elif not self.computed_from[node]:
                 (leaf,) = self.sources[node]
                 if leaf.kind != "parameter":
                     uses[_Use(leaf.kind, leaf.name, leaf.kind == "vertex")] = None
             else:
-                stack += [above for _, above in reversed(self.above[node])]
+                stack += [earlier for _, earlier in reversed(self.computed_from[node])]
         return uses
 
     def states(self) -> Iterator[Reads]:
@@ -406,7 +312,7 @@ class _Walk:
         for vertex in self.vertices:
             children, uses = self._children(ways, [_Leaf("vertex", vertex.name)])
             # As in `Graph.initial_states`: an output that no vertex reads is held at its error.
-            held = id(vertex.leaf) in self.clamped and set(children) <= self.ends.keys()
+            held = id(vertex.stand_in) in self.clamped and set(children) <= self.ends.keys()
             own = () if held else ("own x",)
             yield self._reads(f"x of {vertex.name}", 1, own, children, uses)
 
@@ -522,7 +428,7 @@ def _saved(node: Any) -> list[Tensor]:
         kept = node.saved_tensors
     else:
         kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_") and name != "_saved_bias"]
-    return [x for x in pytree.tree_leaves(kept) if isinstance(x, Tensor)]
+    return tensors_in(kept)
 
 
 def _traced(x: Tensor) -> Tensor:
@@ -539,37 +445,3 @@ def _are_parameters(sources: frozenset[_Leaf]) -> bool:
 
 def _move(sources: frozenset[_Leaf]) -> bool:
     return any(leaf.kind == "vertex" for leaf in sources)
-
-
-# --------------------------------------------------------------------------------------------------------- the table
-
-
-def _table(rows: Sequence[Sequence[Sequence[str]]]) -> list[str]:
-    """Rows of cells of entries, each entry on a line of its own; the widest columns give way until a line fits."""
-    widths = [max([_width(entry) for cell in cells for entry in cell]) for cells in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > _LINE:
-        widths[widths.index(max(widths))] -= 1
-    lines = []
-    for row in rows:
-        cells = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
-        for parts in zip_longest(*cells, fillvalue=""):
-            padded = [part + " " * (width - _width(part)) for part, width in zip(parts, widths, strict=True)]
-            lines.append("  ".join(padded).rstrip())
-        if row is rows[0]:
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines
-
-
-def _wrapped(entries: Sequence[str], width: int) -> list[str]:
-    # textwrap knows no letters without width, such as the bar of x̄: one that it takes for a letter stands for both.
-    narrow = [entry.replace("x̄", _X_BAR) for entry in entries]
-    lines = [line for entry in narrow for line in textwrap.wrap(entry, width, subsequent_indent="  ")]
-    return [line.replace(_X_BAR, "x̄") for line in lines]
-
-
-def _width(text: str) -> int:
-    """Columns on a terminal."""
-    return len(text.replace("x̄", _X_BAR))
-
-
-_X_BAR = "\ue000"

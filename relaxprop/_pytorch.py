@@ -1,0 +1,187 @@
+"""Every private name of PyTorch that the library uses, each behind one function that says why and at what price.
+
+Nothing here is promised by PyTorch: ``tests/test_pytorch.py`` checks what each name means, so that a new version that
+changes it is noticed there first.
+
+May import: nothing of this project.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+# Nested structures: PyTorch has no public name, and Hugging Face registers its output classes with this one.
+from torch.utils._pytree import arg_tree_leaves, tree_leaves, tree_map
+
+__all__ = [
+    "LEAF_OVERWRITTEN",
+    "arg_tree_leaves",
+    "arrived_hooks",
+    "backward_class",
+    "base",
+    "graph_is_kept",
+    "has_hooks",
+    "in_forward_mode",
+    "in_transform",
+    "is_checkpointed",
+    "is_leaf_node",
+    "is_view",
+    "leaf_of",
+    "may_be_compiled",
+    "run_backward",
+    "switches_gradients",
+    "tree_leaves",
+    "tree_map",
+    "version",
+]
+
+LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
+"""What PyTorch says in the `RuntimeError` that has no class of its own."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the engine
+
+
+def run_backward(
+    outputs: Sequence[Tensor | GradientEdge],
+    gradients: Sequence[Tensor],
+    onto: Sequence[Tensor | GradientEdge],
+    *,
+    retain_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad(outputs, onto, gradients, retain_graph=…, allow_unused=True)``.
+
+    The public function looks at every argument before it calls the engine, which costs 0.07 of a training step of the
+    MLP: the closed form calls it once for every hop.
+    """
+    return _ENGINE.run_backward(
+        tuple(outputs),
+        tuple(gradients),
+        retain_graph,
+        False,
+        tuple(onto),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+
+
+_ENGINE = torch.autograd.Variable._execution_engine
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running now was asked to retain its graph.
+
+    There is no public name. Without it every pass would have to keep what only a second one needs.
+    """
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# ----------------------------------------------------------------------------------------------- what is going on now
+
+
+def in_transform() -> bool:
+    """Whether this runs within ``torch.func.vmap``, ``grad`` or another transform. There is no public name."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open.
+
+    There is no public name: ``unpack_dual`` answers for one tensor only, and needs one.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def switches_gradients(func: Any) -> bool:
+    """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
+    ``set_grad_enabled`` call. There is no public name for it."""
+    return func is torch._C._set_grad_enabled
+
+
+def may_be_compiled() -> bool:
+    """Whether ``torch.compile`` was used at all. Its module is imported then; to import it here takes a second."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_checkpointed() -> bool:
+    """Whether what is saved for the backward pass now is left to ``torch.utils.checkpoint``.
+
+    There is no public name for "what packs the tensors that are saved now?". Before PyTorch 2.8 there is no private one
+    either: there the function that checkpoints is looked for among those that are running, which overlooks
+    ``torch.distributed``'s checkpoints by hooks and counts one within which ``save_on_cpu`` packs.
+    """
+    if _TOP_HOOKS is None:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") != _CHECKPOINT:
+            frame = frame.f_back
+        return frame is not None
+    hooks = _TOP_HOOKS(True)  # also while a compiler traces
+    return hooks is not None and hooks[0].__module__ == _CHECKPOINT
+
+
+_CHECKPOINT = "torch.utils.checkpoint"
+_TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+# ------------------------------------------------------------------------------------------------------------ a tensor
+
+
+def version(x: Tensor) -> int:
+    """How often the tensor's memory was written to. ``torch.autograd.graph`` can only increment it in public."""
+    return x._version
+
+
+def is_view(x: Tensor) -> bool:
+    """Whether autograd takes the tensor for a view of another. In public, only shared memory can be seen, which an
+    alias by ``detach`` has too."""
+    return x._is_view()
+
+
+def base(x: Tensor) -> Tensor | None:
+    """What the tensor is a view of; itself if it is none."""
+    return x._base if x._is_view() else x
+
+
+def arrived_hooks(x: Tensor) -> dict[int, Any] | None:
+    """The hooks of ``Tensor.register_hook``, which can be registered in public, but neither seen nor set aside."""
+    return x._backward_hooks
+
+
+# -------------------------------------------------------------------------------------------------- a node of the graph
+
+
+def is_leaf_node(node: object) -> TypeGuard[Node]:
+    """Whether the node stands for a leaf tensor. Its class has no public name; that of any leaf's node will do."""
+    return type(node) is _ACCUMULATE_GRAD
+
+
+def leaf_of(node: Node) -> Tensor:
+    """The leaf tensor that a leaf's node stands for. PyTorch shows ``variable`` in its tutorials only."""
+    variable: Tensor = cast(Any, node).variable
+    return variable
+
+
+_ACCUMULATE_GRAD: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
+
+
+def backward_class(function: type[torch.autograd.Function]) -> Any:
+    """The class of the nodes that an ``autograd.Function`` puts into the graph.
+
+    In public it can be had from a call of the function only, so with arguments made up for it.
+    """
+    return cast(Any, function)._backward_cls
+
+
+# ------------------------------------------------------------------------------------------------------------ a module
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run before or after the module's forward. They can be registered in public, but not seen."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

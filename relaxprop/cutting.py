@@ -1,0 +1,268 @@
+"""One run of a model, its graph cut at every vertex.
+
+A forward hook on each vertex's module, or a function mode that sees every operation, keeps the tensor that was computed
+there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
+where something is not frozen the model is run again with the stand-ins set to the states.
+
+May import: derivatives, graph, nested, operations, vertices, _pytorch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+
+from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
+from relaxprop.derivatives import recorded_switches
+from relaxprop.graph import Layer, Linearisation, Vertex
+from relaxprop.nested import map_tensors, tensors_requiring_grad
+from relaxprop.operations import EachOperation
+from relaxprop.vertices import Hooked
+
+_NOTHING = nullcontext()
+
+
+class Cut(NamedTuple):
+    """Where the graph of a model is cut, in every run of a pass.
+
+    Attributes:
+        modules: those whose outputs are vertices, with their names.
+        operations: whether every operation is one.
+        output: whether the model's output is one too.
+        inputs: whether the model's inputs are.
+        layers: the modules whose outputs are noted.
+        reruns: whether the model may be run again at other activities.
+    """
+
+    modules: Mapping[nn.Module, str]
+    operations: bool = False
+    output: bool = False
+    inputs: bool = False
+    layers: Sequence[nn.Module] = ()
+    reruns: bool = False
+
+
+@dataclass
+class Writes:
+    """What earlier passes have shown of a model's writes in place, so that only what is written to is copied.
+
+    A model may write in place into what a vertex handed on (``ReLU(inplace=True)``, ``x += y``). Autograd forbids that
+    on a leaf, and it would change x̄. So the first outputs of a module are handed on as copies, and if one was written
+    to, the later ones too.
+
+    Attributes:
+        into: by the origin of a stand-in, whether it was written to.
+        into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
+            copy.
+    """
+
+    into: dict[str, bool] = field(default_factory=dict)
+    into_views: bool = True
+
+    def learn(self, run: Run) -> None:
+        """Notes what a finished run has written to."""
+        for handed in run.handed_on.values():
+            if handed.overwritten or handed.origin not in self.into:
+                self.into[handed.origin] = handed.overwritten
+        if run.cut.layers:
+            self.into_views = any(x.overwritten for x in run.noted)
+
+
+class HandedOn(NamedTuple):
+    """What the rest of the model reads: of a vertex, of an input, of a layer."""
+
+    origin: str  # the name of the vertex's module, "input", or ""
+    tensor: Tensor
+    stand_in: Tensor  # for a layer the tensor itself
+    version: int
+
+    @classmethod
+    def by_layer(cls, output: Tensor) -> HandedOn:
+        return cls("", output, output, version(output))
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether it has to be a copy: it was written to, or has hooks, which are not the vertex's own."""
+        return version(self.tensor) != self.version or bool(arrived_hooks(self.tensor))
+
+
+class Arguments:
+    """A model's arguments, with stand-ins for the inputs that gradients are wanted for, or that relax.
+
+    Attributes:
+        inputs: by the id of its stand-in, each such input and the stand-in.
+    """
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, relax: bool = False) -> None:
+        self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._relax = relax
+        self.args = [map_tensors(self._stand_in, x) for x in args]
+        self.kwargs = {name: map_tensors(self._stand_in, x) for name, x in kwargs.items()}
+
+    def _stand_in(self, x: Tensor) -> Tensor:
+        if not x.requires_grad and not (self._relax and x.is_floating_point()):
+            return x
+        alias = x.detach().requires_grad_()
+        self.inputs[id(alias)] = x, alias
+        return alias
+
+
+class Run:
+    """One call of a model, its graph cut at the vertices.
+
+    Args:
+        cut: where.
+        writes: what is handed on as a copy.
+        recorded: the vertices of the feedforward pass, where this is another run.
+        values: of these vertices, in their order; by default what the model computes.
+
+    Attributes:
+        vertices: in the order in which they were computed.
+        outputs: the tensors of the result that require grad.
+    """
+
+    def __init__(
+        self, cut: Cut, writes: Writes, recorded: Sequence[Vertex] = (), values: Sequence[Tensor] | None = None
+    ) -> None:
+        self.cut = cut
+        self.writes = writes
+        self.recorded = recorded
+        self.values = values
+        self.vertices: list[Vertex] = []
+        self.outputs: list[Tensor] = []
+        self.layers: list[Layer] = []
+        self.noted: list[HandedOn] = []
+        self.switches: list[Node] = []
+        self.calls: dict[str, int] = {}
+        self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
+        self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
+
+    def call(self, module: nn.Module, arguments: Arguments) -> Any:
+        """The model's result."""
+        args, kwargs, cut = arguments.args, arguments.kwargs, self.cut
+        if arguments.inputs:
+            self._inputs = arguments.inputs
+            args = [map_tensors(self._input, x) for x in args]
+            kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
+        # A layer's output is noted before it is cut, where the layer is a vertex too.
+        layers = Hooked(cut.layers, self._note_layer) if cut.layers else _NOTHING
+        operations = EachOperation(self._cut_operation) if cut.operations else _NOTHING
+        token = recorded_switches.set(self.switches)
+        try:
+            with layers, Hooked(cut.modules, self._cut_output), operations:
+                result = module(*args, **kwargs)
+        except RuntimeError as error:
+            if LEAF_OVERWRITTEN in str(error):
+                self.writes.into.update(dict.fromkeys(self.writes.into, True))
+                error.add_note(
+                    "the model wrote in place into an activity that it has only read so far; from now on it gets "
+                    "copies, so repeat the pass"
+                )
+            raise
+        finally:
+            recorded_switches.reset(token)
+        if cut.output:
+            part = itertools.count()
+            result = map_tensors(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
+        self.outputs = [self._own(x) for x in tensors_requiring_grad(result)]
+        return result
+
+    def linearisation(self) -> Linearisation:
+        """Where this run takes its Jacobians, by the vertices of the feedforward pass."""
+        of = self.recorded or self.vertices
+        return Linearisation(dict(zip(of, self.vertices, strict=True)), self.outputs, self.layers, self.switches)
+
+    def _input(self, x: Tensor) -> Tensor:
+        if id(x) not in self._inputs:
+            return x
+        if self.cut.inputs:
+            return self._vertex(x, "input", f"input[{len(self.vertices)}]")
+        return self._hand_on(x, "input")
+
+    def _note_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
+        output = map_tensors(self._note, output)
+        self.layers += [Layer(module, get_gradient_edge(x)) for x in tensors_requiring_grad(output)]
+        return output
+
+    def _note(self, x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x
+        if x.is_leaf:  # a parameter as it is: a view is an operation
+            x = x.view_as(x)
+        if is_view(x):
+            x = x.clone() if self.writes.into_views else x
+            self.noted.append(HandedOn.by_layer(x))
+        return x
+
+    def _cut_operation(self, output: Tensor, operation: str) -> Tensor:
+        # Which call of an operation is written to may change with every pass, in a loop of changing length.
+        return self._vertex(output, operation, self._called(operation))
+
+    def _called(self, origin: str) -> str:
+        self.calls[origin] = call = self.calls.get(origin, 0) + 1
+        return origin if call == 1 else f"{origin}#{call}"
+
+    def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        origin = self.cut.modules[module]
+        name = self._called(origin)
+        if isinstance(output, Tensor):
+            return self._vertex(output, origin, name)
+        part = itertools.count()
+        return map_tensors(lambda x: self._vertex(x, origin, f"{name}[{next(part)}]"), output)
+
+    def _vertex(self, output: Tensor, origin: str, name: str) -> Tensor:
+        if not output.requires_grad:
+            return output  # it was computed from nothing that is trained
+        if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
+            return output  # it is a vertex already
+        value = output
+        if self.values is not None:
+            place = len(self.vertices)
+            recorded = self.recorded[place] if place < len(self.values) else None
+            if recorded is None or (recorded.name, recorded.stand_in.shape) != (name, output.shape):
+                raise other_path()
+            value = self.values[place]
+        if self.cut.reruns and is_checkpointed():
+            raise ValueError(
+                "frozen: what torch.utils.checkpoint computes again in the backward pass is not at the current states: "
+                "leave checkpointing out where something is unfrozen"
+            )
+        stand_in = value.detach().requires_grad_()
+        self.vertices.append(Vertex(name, output, stand_in))
+        return self._hand_on(stand_in, origin)
+
+    def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
+        if self.values is None:  # no user ever sees what a later run computes
+            stand_in.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+        tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
+        self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
+        return tensor
+
+    def _own(self, output: Tensor) -> Tensor:
+        """The vertex's own stand-in where the output is an untouched copy of it."""
+        handed = self.handed_on.get(id(output))
+        return output if handed is None or handed.overwritten else handed.stand_in
+
+
+def other_path() -> RuntimeError:
+    """The error of a model that does other things when it is run again."""
+    return RuntimeError(
+        "frozen: run again at the current states, the model took another path than in the feedforward pass (other "
+        "modules, or other shapes), so no Jacobian stands for the same vertex: a model whose path depends on its "
+        "activities needs everything frozen"
+    )
+
+
+def _refuse_stray_gradient(stand_in: Tensor) -> None:
+    stand_in.grad = None
+    raise RuntimeError(
+        f"the loss reads an activity of shape {tuple(stand_in.shape)} that the model kept to itself (on an attribute, "
+        "say) and did not return, so the relaxation phase does not know of it: return it from the model, with the "
+        "output"
+    )

@@ -1,0 +1,73 @@
+"""States that overflow: the error, and where it is looked for.
+
+May import: graph, solvers.
+"""
+
+from __future__ import annotations
+
+import cmath
+from itertools import islice
+
+from torch import Tensor
+
+from relaxprop.graph import Graph, States
+from relaxprop.solvers import Solver
+
+
+class NonFiniteStateError(FloatingPointError):
+    """A state became infinite or not-a-number in the relaxation phase.
+
+    Attributes:
+        vertex: name of the vertex.
+        step: the step after which it was so (0: already at its start); None if the solver has no steps.
+    """
+
+    def __init__(self, vertex: str, step: int | None) -> None:
+        self.vertex = vertex
+        self.step = step
+        super().__init__(vertex, step)
+
+    def __str__(self) -> str:
+        when = "" if self.step is None else f" after step {self.step}" if self.step else " when the relaxation starts"
+        return (
+            f"the state of vertex {self.vertex!r} is not finite{when}: look at the loss, lower the learning rate or "
+            "the step size; a gradient scaler, which copes with infinities itself, wants check_finite=False"
+        )
+
+
+def check_finite(graph: Graph, states: States, solver: Solver) -> None:
+    """Refuse states that are infinite or not a number.
+
+    Raises:
+        NonFiniteStateError: names the first vertex and step where it was so.
+    """
+    overflowed = _first_not_finite(states)
+    if overflowed is None:
+        return
+    step = None
+    if (euler := solver.replay()) is not None:
+        x = graph.initial_states()
+        trajectory = (following for following, _ in euler.trajectory(graph, x))
+        for step, following in enumerate((x, *islice(trajectory, euler.num_steps))):
+            if (first := _first_not_finite(following)) is not None:
+                raise NonFiniteStateError(first, step)
+    raise NonFiniteStateError(overflowed, step)
+
+
+def _first_not_finite(states: States) -> str | None:
+    # A finite sum has finite terms: only where it is not, a closer look is needed. All sums are under way before the
+    # first is read, so that a GPU is waited for once.
+    sums = [x.sum() for x in states.values()]
+    if cmath.isfinite(sum([total.item() for total in sums])):
+        return None
+    return next((v.name for v, x in states.items() if not x.isfinite().all()), None)
+
+
+def check_gradient(vertex: str, x: Tensor | None) -> None:
+    """Refuse a gradient that is infinite or not a number; None where the loss reads another part of an operation only.
+
+    Raises:
+        NonFiniteStateError: names the vertex.
+    """
+    if x is not None and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
+        raise NonFiniteStateError(vertex, None)

@@ -1,0 +1,111 @@
+r"""How far Activation Relaxation is from backpropagation, on the user's own model, loss and data.
+
+Nothing here changes the model: gradients are returned and not accumulated, and buffers (batch norm's statistics) and
+the random state are put back afterwards.
+
+May import: derivatives, feedback, inspect.model, wrapper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relaxprop.derivatives import restored
+from relaxprop.feedback import backwards_weights, symmetric
+from relaxprop.inspect.model import LossFunction, check_model, scalar, undisturbed
+from relaxprop.wrapper import ActivationRelaxation
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A parameter's gradient beside backpropagation's, or a layer's backwards weights beside its weights.
+
+    Attributes:
+        cosine: of the angle between the two, in [−1, 1]; not a number where one of them is zero or not finite.
+        angle: the same in degrees, in [0, 180].
+        norm_ratio: norm of the first over the norm of the second.
+        distance: norm of the difference over the norm of the second; not a number where that is zero.
+    """
+
+    cosine: float
+    angle: float
+    norm_ratio: float
+    distance: float
+
+
+def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) -> dict[str, Alignment]:
+    """Compares the gradient of every parameter with backpropagation's, on the same forward pass.
+
+    Args:
+        model: the wrapped module.
+        loss_fn: maps the model's result to a scalar loss, for instance
+            ``lambda output: ((output - target) ** 2).sum()``.
+        inputs: the model's arguments.
+
+    Returns:
+        By the parameter's name in the plain module; parameters that the loss does not depend on are left out.
+
+    Raises:
+        TypeError: ``model`` is not wrapped, or the loss is no scalar.
+    """
+    check_model(model)
+    parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+
+    def gradients(forward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+        with undisturbed(model), torch.enable_grad():
+            loss = scalar(loss_fn(forward(*inputs)))
+            return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+
+    before = model.last_relaxation
+    relaxed = gradients(model)
+    with symmetric(model.module), restored(model.module):
+        exact = gradients(model.module)
+    model.last_relaxation = before
+    return {
+        name: _compare(torch.zeros_like(b) if g is None else g, b)
+        for name, g, b in zip(parameters, relaxed, exact, strict=True)
+        if b is not None
+    }
+
+
+def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
+    """Compares the backwards weights B of every layer that has some with its weights W (`use_feedback`).
+
+    Both have W's shape; the cosine is that of B^T and W^T likewise: 1 where errors go back as in backpropagation.
+
+    Args:
+        module: a module, wrapped or not.
+
+    Returns:
+        By the layer's name in the plain module; empty where no layer has backwards weights of its own.
+
+    Raises:
+        TypeError: ``module`` is no module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    module = module.module if isinstance(module, ActivationRelaxation) else module
+    return {name: _compare(b, layer.weight) for name, layer, b in backwards_weights(module)}
+
+
+def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
+    g, b = numbers(gradient.detach()), numbers(exact.detach())
+    g_norm, b_norm = float(g.norm()), float(b.norm())
+    distance = float((g - b).norm()) / b_norm if b_norm else math.nan
+    if not (g_norm and b_norm and math.isfinite(g_norm) and math.isfinite(b_norm)):
+        return Alignment(math.nan, math.nan, g_norm / b_norm if b_norm else math.nan, distance)
+    g, b = g / g_norm, b / b_norm
+    # The angle from the chord: the arc cosine would round angles below 1e-8 to zero.
+    angle = 2 * math.atan2(float((g - b).norm()), float((g + b).norm()))
+    return Alignment(min(1.0, max(-1.0, float(g @ b))), math.degrees(angle), g_norm / b_norm, distance)
+
+
+def numbers(gradient: Tensor) -> Tensor:
+    """All numbers of a gradient in one row, in double precision; complex ones as pairs."""
+    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).double().flatten()

@@ -1,0 +1,132 @@
+r"""What every update reads: a claim of biological plausibility, checked on the user's own model.
+
+    (1)  dx_i/dt = −x_i + Σ_j W^T (f' ⊙ x_j)         its own state; states, derivatives and weights of the children j
+    (2)  ΔW ∝ (W_+^T (f' ⊙ x_j)) x^T                 the same of what reads the layer, and the presynaptic activity
+
+Not seen: what is computed from activities without a gradient (``x * (x > 0)`` reads a mask).
+Not judged: weights shared by places (convolution) or by moments (a layer that is called again), which make an update a
+sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
+Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
+
+May import: inspect.model, inspect.walk, operations, vertices, wrapper.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+
+from relaxprop.inspect.model import check_model, undisturbed
+from relaxprop.inspect.walk import KINDS, Reads, Walk
+from relaxprop.operations import uncompiled
+from relaxprop.vertices import are_operations, named_parts
+from relaxprop.wrapper import ActivationRelaxation
+
+_LINE = 100  # columns of a printed table
+
+
+@dataclass(frozen=True)
+class Locality:
+    """What every update of a model reads; ``print`` shows it as a table.
+
+    Attributes:
+        rows: those of (1), in the order of the feedforward pass, then those of (2), in the order of the model's layers.
+        schedule: in which order the states are updated, and what that takes.
+    """
+
+    rows: tuple[Reads, ...]
+    schedule: str
+
+    @property
+    def non_local(self) -> set[str]:
+        """The kinds of what is not local, of `KINDS`."""
+        return {entry.partition(":")[0] for row in self.rows for entry in row.non_local}
+
+    def __str__(self) -> str:
+        titles = [("update",), ("eq.",), ("reads",), ("weights",), ("derivative",), ("not local",)]
+        rows = [
+            [row.update.split(", "), (f"({row.equation})",), row.activities, row.weights, row.derivative, row.non_local]
+            for row in self.rows
+        ]
+        notes = [f"{kind}: {why}" for kind, why in KINDS.items() if kind in self.non_local]
+        notes = ["x: current state, x̄: stored activity, pre: presynaptic", f"schedule: {self.schedule}", *notes]
+        return "\n".join([*_table([titles, *rows]), "", *_wrapped(notes, _LINE)])
+
+
+def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
+    r"""Lists for every update of (1) and (2) what it reads, and what of that is not local.
+
+        (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i        a row for every vertex i
+        (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                        a row for every module with parameters of its own
+
+    Learned backwards weights, equation (3), have a row of their own. All is found in one forward pass in the model's
+    current mode, with the loss taken to depend on every output. The model, its buffers and the random state stay as
+    they are.
+
+    Args:
+        model: the wrapped module.
+        inputs: the model's arguments.
+
+    Raises:
+        TypeError: ``model`` is not wrapped.
+        ValueError: its vertices are operations, of which a layer has several, or a part of it is scripted.
+    """
+    check_model(model)
+    for module, name in named_parts(model.module).items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"describe_locality cannot see into the scripted module {name!r}: describe the model as it was before "
+                "it was scripted"
+            )
+    if are_operations(model.vertices):
+        raise ValueError(
+            "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
+            "(model.module) with vertices='modules' or 'activations'"
+        )
+    try:
+        with undisturbed(model), torch.enable_grad(), uncompiled():
+            walk = Walk(model, inputs)
+            return Locality((*walk.states(), *walk.layers()), model.solver.schedule)
+    except TypeError as error:  # an argument is missing
+        if not inputs:
+            error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")
+        raise
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def _table(rows: Sequence[Sequence[Sequence[str]]]) -> list[str]:
+    """Rows of cells of entries, each entry on a line of its own; the widest columns give way until a line fits."""
+    widths = [max([_width(entry) for cell in cells for entry in cell]) for cells in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > _LINE:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for row in rows:
+        cells = [_wrapped(cell, width) for cell, width in zip(row, widths, strict=True)]
+        for parts in zip_longest(*cells, fillvalue=""):
+            padded = [part + " " * (width - _width(part)) for part, width in zip(parts, widths, strict=True)]
+            lines.append("  ".join(padded).rstrip())
+        if row is rows[0]:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines
+
+
+def _wrapped(entries: Sequence[str], width: int) -> list[str]:
+    # textwrap knows no letters without width, such as the bar of x̄: one that it takes for a letter stands for both.
+    narrow = [entry.replace("x̄", _X_BAR) for entry in entries]
+    lines = [line for entry in narrow for line in textwrap.wrap(entry, width, subsequent_indent="  ")]
+    return [line.replace(_X_BAR, "x̄") for line in lines]
+
+
+def _width(text: str) -> int:
+    """Columns on a terminal."""
+    return len(text.replace("x̄", _X_BAR))
+
+
+_X_BAR = "\ue000"

@@ -1,0 +1,255 @@
+"""The model run again as it was in the feedforward pass, every vertex set to its state.
+
+Dropout draws the feedforward pass's own masks in every later run, batch norm's statistics are updated once, autocast
+and the training mode are what they were. What cannot be put back is refused: parameters and inputs that were changed in
+place since.
+
+May import: _pytorch, cutting, graph, nested, vertices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from relaxprop._pytorch import version
+from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
+from relaxprop.graph import Linearisation, States, Vertex
+from relaxprop.nested import tensors_in
+from relaxprop.vertices import Hooked, does_as_its_class_says, find_layers
+
+
+class Rerun:
+    """A function of the states: runs the model again with every vertex set to its state, and returns the linearisation
+    there. Made right before the feedforward pass.
+
+    Args:
+        module: the model.
+        arguments: as it is called with, stand-ins in place.
+        cut: where its graph is cut; ``layers`` only where the weight update needs them.
+        writes: as in the feedforward pass.
+        given: the arguments as the user has them.
+
+    Raises:
+        ValueError: the model has lazy modules that have not seen an input yet.
+    """
+
+    def __init__(self, module: nn.Module, arguments: Arguments, cut: Cut, writes: Writes, given: Any) -> None:
+        self.module = module
+        self.arguments = arguments
+        self.cut = cut
+        self.writes = writes
+        self.surroundings = Surroundings(module, tensors_in(given))
+        self.recorded: Sequence[Vertex] = ()
+        self.stored = Linearisation({}, ())
+        self.unchanged: Mapping[nn.Module, Sequence[HandedOn]] = {}
+
+    @contextmanager
+    def watching(self, run: Run) -> Iterator[None]:
+        """Around the feedforward pass: learns what later runs need to know of it.
+
+        Raises:
+            ValueError: the model wrote into its input, so that it is gone.
+        """
+        first, later = dict[nn.Module, list[HandedOn]](), set[nn.Module]()
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if run.vertices or not isinstance(output, Tensor):
+                later.add(module)
+            else:
+                first.setdefault(module, []).append(HandedOn.by_layer(output))
+
+        with Hooked(find_layers(self.module), note):
+            yield
+        self.surroundings.passed()
+        # Where operations are vertices, no layer stands before all of them.
+        if not (self.surroundings.draws or self.cut.operations):
+            # No state changes what the layers that are called before every vertex return, so no later run needs to
+            # compute it again. These layers read the input, and are often the most expensive ones.
+            self.unchanged = {
+                layer: returned
+                for layer, returned in first.items()
+                if layer not in later and does_as_its_class_says(layer)
+            }
+
+    def passed(self, recorded: Sequence[Vertex], stored: Linearisation) -> None:
+        """After the feedforward pass: what every later run has to match."""
+        self.recorded, self.stored = recorded, stored
+
+    def __call__(self, states: States) -> Linearisation:
+        """The model run again; a vertex without a state keeps its activity.
+
+        Raises:
+            RuntimeError: the model took another path than in the feedforward pass, or what it read has changed.
+        """
+        values = [_laid_out_as(v.stand_in, states[v]) if v in states else v.stand_in for v in self.recorded]
+        run = Run(self.cut, self.writes, self.recorded, values)
+        # What was written to since has to be computed again.
+        unchanged = {m: calls for m, calls in self.unchanged.items() if not any(x.overwritten for x in calls)}
+        with self.surroundings.restored(), _returning(unchanged), torch.enable_grad():
+            run.call(self.module, self.arguments)
+        if (
+            len(run.vertices) != len(self.recorded)
+            or len(run.layers) != len(self.stored.layers)
+            or [x.shape for x in run.outputs] != [x.shape for x in self.stored.outputs]
+        ):
+            raise other_path()
+        return run.linearisation()
+
+
+@contextmanager
+def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[None]:
+    """Within it, calls of these modules return, one after the other, what is given."""
+    handles = []
+    for module, given in returned.items():
+        called, outputs = list[bool](), iter(given)
+
+        def announce(module: nn.Module, args: Any, called: list[bool] = called) -> None:
+            called.append(True)
+
+        def forward(
+            *args: Any,
+            own: Any = module.forward,
+            called: list[bool] = called,
+            outputs: Iterator[HandedOn] = outputs,
+            **kwargs: Any,
+        ) -> Any:
+            # Who calls forward directly was not noticed when the outputs were recorded either.
+            stored = next(outputs, None) if called and called.pop() else None
+            return own(*args, **kwargs) if stored is None else stored.tensor
+
+        handles.append(module.register_forward_pre_hook(announce))
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, handle in zip(returned, handles, strict=True):
+            handle.remove()
+            vars(module).pop("forward", None)
+
+
+def _laid_out_as(stand_in: Tensor, state: Tensor) -> Tensor:
+    """The state in an activity's type and memory layout, which the model may rely on (in ``view``)."""
+    if state.dtype == stand_in.dtype and state.stride() == stand_in.stride():
+        return state
+    return torch.empty_like(stand_in, requires_grad=False).copy_(state)
+
+
+class Surroundings:
+    """The surroundings of one forward pass; made right before it.
+
+    Args:
+        module: the model.
+        inputs: the tensors among its arguments.
+
+    Raises:
+        ValueError: the model has lazy modules that have not seen an input yet.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        modules = list(module.modules())
+        self.module = module
+        self.training = [(m, m.training) for m in modules]
+        held = [
+            (m._buffers, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
+        ]
+        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        if any(is_lazy(x) for x in (*parameters, *(buffer for *_, buffer in held))):
+            raise ValueError(
+                "frozen: lazy modules take shape in their first forward pass, which could not be run again as it was: "
+                "call the model once under torch.no_grad() before training"
+            )
+        self.buffers = [_Kept(buffers, name, buffer.clone()) for buffers, name, buffer in held]
+        self.inputs = inputs
+        self.fixed = [*parameters, *inputs]
+        self.versions = [_version(x) for x in self.fixed]
+        self.devices = sorted({x.get_device() for x in self.fixed if x.is_cuda})
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in (("cpu", "cuda") if self.devices else ("cpu",))
+        ]
+        self.random = _random_states(self.devices)
+        self.draws = False
+
+    def passed(self) -> None:
+        """To be called after the forward pass.
+
+        Raises:
+            ValueError: the model wrote into its input, so that it is gone.
+        """
+        for x, then in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
+            if _version(x) != then:
+                raise ValueError(
+                    f"frozen: the model writes in place into {self._name(x)}, so it cannot be run again on it, as "
+                    "what is unfrozen needs: let the model work on a copy (x = x.clone())"
+                )
+        now = _random_states(self.devices)
+        self.draws = any(not torch.equal(before, after) for before, after in zip(self.random, now, strict=True))
+        self.versions = [_version(x) for x in self.fixed]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Within it, a run of the model finds what the forward pass found; afterwards all is as it was.
+
+        Raises:
+            RuntimeError: a parameter or an input was changed in place since the forward pass.
+        """
+        for x, then in zip(self.fixed, self.versions, strict=True):
+            if _version(x) != then:
+                raise RuntimeError(
+                    f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
+                    "for what is unfrozen: call backward() before optimizer.step(), and change copies"
+                )
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
+            if self.draws:
+                stack.enter_context(torch.random.fork_rng(self.devices))
+                _set_random_states(self.devices, self.random)
+            changed = [(m, m.training) for m, training in self.training if m.training != training]
+            present = [kept.buffers[kept.name] for kept in self.buffers]
+            try:
+                for module, training in changed:
+                    module.training = not training
+                # Other tensors in their place, since a write into them would be one into what is saved for backward.
+                for kept in self.buffers:
+                    kept.buffers[kept.name] = kept.value.clone()
+                yield
+            finally:
+                for kept, buffer in zip(self.buffers, present, strict=True):
+                    kept.buffers[kept.name] = buffer
+                for module, training in changed:
+                    module.training = training
+
+    def _name(self, tensor: Tensor) -> str:
+        names = {id(p): f"the parameter {name!r}" for name, p in self.module.named_parameters()}
+        return names.get(id(tensor), f"an input of shape {tuple(tensor.shape)}")
+
+
+class _Kept(NamedTuple):
+    """A buffer of a module and what it held before the forward pass."""
+
+    buffers: dict[str, Tensor | None]
+    name: str
+    value: Tensor
+
+
+def _version(x: Tensor) -> int:
+    """How often the tensor was written to; those made for inference do not count that."""
+    return 0 if x.is_inference() else version(x)
+
+
+def _random_states(devices: Sequence[int]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+
+
+def _set_random_states(devices: Sequence[int], states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)

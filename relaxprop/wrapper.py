@@ -1,0 +1,341 @@
+"""The wrapper: a module whose ``loss.backward()`` runs Activation Relaxation, and its settings.
+
+What relaxes and how is not here: `relaxation` has the equations, `recording` the recorded pass. Here is what a model
+needs around them: settings that are checked whole, the shortcut at equilibrium, what is told after a relaxation phase,
+and the state dictionary.
+
+May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, recording, relaxation, solvers,
+transients, vertices.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from relaxprop._pytorch import in_transform
+from relaxprop.cutting import Writes
+from relaxprop.derivatives import differs_by_phase
+from relaxprop.finite import check_finite, check_gradient
+from relaxprop.frozen import ALL_FROZEN, Frozen
+from relaxprop.graph import Graph, States
+from relaxprop.nested import map_tensors, tensors_requiring_grad
+from relaxprop.operations import EachOperation
+from relaxprop.recording import OutputRule, Recording, record
+from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
+from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves, solver_names
+from relaxprop.transients import steps_to_converge
+from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
+
+DEFAULT = ClosedForm()
+REVERSE_MODE = at_equilibrium(vertices=None, depth=None)  # the record of a graph that was not cut
+UNCONVERGED = 0.1  # weight of the initial state from which on the default's user is warned
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a wrapped model relaxes; the arguments of `ActivationRelaxation`, checked together.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an unknown option, or options that exclude one another.
+    """
+
+    solver: Solver = DEFAULT
+    vertices: Granularity | Iterable[nn.Module] = "activations"
+    frozen: Frozen = ALL_FROZEN
+    output: OutputRule = "clamped"
+    check_finite: bool = True
+    measure_residual: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.solver, Solver):
+            raise TypeError(f"solver must be one of {solver_names()}, got {_shown(self.solver)}")
+        if not isinstance(self.frozen, Frozen):
+            raise TypeError(f"frozen must be a Frozen(…), got {_shown(self.frozen)}")
+        if self.output not in get_args(OutputRule):
+            raise ValueError(f"output must be 'clamped' or 'relaxed', got {self.output!r}")
+        for name in ("check_finite", "measure_residual"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        # An iterator would be used up, and a ModuleList can be changed.
+        if isinstance(self.vertices, nn.ModuleList) or (
+            isinstance(self.vertices, Iterable) and not isinstance(self.vertices, str | nn.Module)
+        ):
+            object.__setattr__(self, "vertices", tuple(self.vertices))
+        check_together(self.solver, self.vertices, self.frozen)
+
+
+def check_together(solver: Solver, vertices: Granularity | Iterable[nn.Module], frozen: Frozen) -> None:
+    """Refuse settings that exclude one another.
+
+    Raises:
+        ValueError: the solver needs the relaxation's derivative frozen, or the factors of an update are taken at
+            different activities where no update has both factors.
+    """
+    check_solves(solver, linear=frozen.relaxation_derivative)
+    if are_operations(vertices) and frozen.splits_update:
+        raise ValueError(
+            "vertices='operations' has a vertex between each weight and the nonlinearity that follows, so no update "
+            f"reads both a derivative and a presynaptic activity, and frozen={frozen} has no meaning there: freeze or "
+            "unfreeze update_derivative and update_activity together, or pass vertices='activations'"
+        )
+
+
+def _shown(value: object) -> str:
+    return getattr(value, "__name__", repr(value))
+
+
+_SETTINGS = {field.name for field in fields(Settings)}
+
+
+class ActivationRelaxation(nn.Module):
+    r"""Trains ``module`` by Activation Relaxation: ``loss.backward()`` runs (1), then (2), instead of backpropagation.
+
+        (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i |_x̄        relaxation phase, started at x_i = x̄_i
+        (2)  ∂L/∂W^l = (f'(W^l x̄^l) ⊙ x^{l+1}) x̄^{lT}               weight update, at the end of the phase
+
+    (Millidge et al., arXiv 2010.06219, Algorithm 1; a state x_i has the shape of its activity x̄_i.)
+
+    Everything else stays as it is: the loss, the optimiser, the training loop. The state dictionary is that of
+    ``module``, without a prefix (``named_parameters`` have the prefix ``module.``, as of any part). In evaluation
+    (``torch.no_grad()``) the module is called directly.
+
+    The initial state of the relaxation phase is the feedforward activity, whatever the loss's scale. So with a finite
+    number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
+    is left of the initial state weigh more beside the gradient; ``last_relaxation.remaining`` says how much is left.
+
+    A hook on an activity, and a full backward hook on a submodule, belongs to its Jacobian: it runs in every product
+    with A. A loss that reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
+
+    The arguments are attributes, which may be set anew between two passes.
+
+    Args:
+        module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
+        solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 with the paper's 100 steps of 0.1),
+            `Euler`, `Continuous`, `Equilibrium`.
+        vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
+            all modules without submodules), "operations" (results of all operations, in functional code too: the
+            paper's Appendix A; where an attention mask has put scores at −∞ or the least number there is, their states
+            start at 0), or an iterable of submodules of ``module``.
+        frozen: which feedforward quantities (1) and (2) keep, by default all: the paper's conditions a to d (`Frozen`).
+            Each quantity that is not kept costs forward passes: one per update, and one per step where the
+            relaxation's derivative is not.
+        output: "clamped" holds the output at ∂L/∂x^L as in Algorithm 1; "relaxed" lets it relax there like any vertex.
+        check_finite: raise `NonFiniteStateError` when a state overflows. False leaves infinities to propagate, as a
+            gradient scaler for float16 expects.
+        measure_residual: measure, at the price of one more product with A, how far the final states are from
+            equilibrium (``last_relaxation.residuals``).
+
+    Attributes:
+        last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
+
+    Raises:
+        TypeError: ``module`` is no module or already wrapped, or an option has the wrong type; in the forward pass,
+            tensors in an object that PyTorch cannot take apart.
+        ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
+            the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
+            or cannot be run again, as what is unfrozen needs.
+        NonFiniteStateError: in the backward pass, see ``check_finite``.
+        RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func; in the backward
+            pass, if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
+            ``module`` did not return; where something is unfrozen, if a parameter or an input was changed in place
+            since the forward pass, or the model takes another path.
+    """
+
+    # Settings: reading and setting them goes through `settings`.
+    solver: Solver
+    vertices: Granularity | Iterable[nn.Module]
+    frozen: Frozen
+    output: OutputRule
+    check_finite: bool
+    measure_residual: bool
+
+    settings: Settings
+    _writes: Writes
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        solver: Solver = DEFAULT,
+        vertices: Granularity | Iterable[nn.Module] = "activations",
+        frozen: Frozen = ALL_FROZEN,
+        output: OutputRule = "clamped",
+        check_finite: bool = True,
+        measure_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        if any(isinstance(m, ActivationRelaxation) for m in module.modules()):
+            raise TypeError("module is, or contains, an ActivationRelaxation already: wrap the plain module once")
+        self.module = module
+        self.last_relaxation: Relaxation | None = None
+        self._warned = False
+        self._configure(Settings(solver, vertices, frozen, output, check_finite, measure_residual))
+        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+
+    def _configure(self, settings: Settings) -> None:
+        find_vertices(self.module, settings.vertices)
+        # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
+        vars(self).update(settings=settings, _writes=Writes())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings are checked whole whenever one is set, and hold from the next pass on."""
+        if name in _SETTINGS:
+            self._configure(replace(self.settings, **{name: value}))
+        else:
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SETTINGS and "settings" in vars(self):
+            return getattr(self.settings, name)
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own result."""
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        if in_transform():
+            _refuse_transforms(self.module, args, kwargs)
+        settings = self.settings
+        if isinstance(settings.solver, Equilibrium) and self._is_reverse_mode():
+            return self._reverse_mode(args, kwargs)
+        recording = self.record(args, kwargs)
+        if recording.uncalled:
+            warnings.warn(
+                f"none of the vertices ({', '.join(recording.uncalled[:3])}, …) was called in the forward pass, "
+                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
+                "vertices='modules' or the submodules whose outputs should relax",
+                stacklevel=4,
+            )
+        if not recording.graph.outputs:
+            return recording.result
+        outputs = iter(
+            RelaxationPhase.apply(recording.update, settings.solver, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+        )
+        return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
+
+    def record(self, args: Any, kwargs: Any = None) -> Recording:
+        """The module's forward pass, recorded as for training."""
+        settings = self.settings
+        return record(
+            self.module,
+            settings.vertices,
+            args,
+            kwargs,
+            output=settings.output,
+            frozen=settings.frozen,
+            writes=self._writes,
+        )
+
+    def _relaxed(self, graph: Graph, states: States, relaxation: Relaxation) -> None:
+        """What follows a relaxation phase, before the weight update."""
+        settings = self.settings
+        if settings.check_finite:
+            check_finite(graph, states, settings.solver)
+        if settings.measure_residual:
+            relaxation = replace(relaxation, residuals=_residuals(graph, states))
+        self._keep_record(relaxation)
+        remaining = relaxation.remaining
+        if settings.solver is DEFAULT and remaining is not None and remaining > UNCONVERGED and not self._warned:
+            self._warned = True
+            enough = steps_to_converge(graph.depth, 0.5, 1e-3)
+            warnings.warn(
+                f"100 steps of 0.1 leave {remaining:.0%} of the initial state in a graph of depth {graph.depth}, so "
+                f"gradients near the input are far from backpropagation's: pass solver=ClosedForm(0.5, {enough}), "
+                "which leaves 0.1 %, or ClosedForm(0.1, 100) if that is what you want",
+                stacklevel=2,
+            )
+
+    def _keep_record(self, relaxation: Relaxation) -> None:
+        vars(self)["last_relaxation"] = relaxation
+
+    def _is_reverse_mode(self) -> bool:
+        """Whether the gradients at equilibrium are those of one reverse sweep."""
+        settings = self.settings
+        if settings.frozen != ALL_FROZEN or settings.measure_residual:
+            return False
+        return not differs_by_phase(named_parts(self.module))
+
+    def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
+        """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
+        settings = self.settings
+        vertices = find_vertices(self.module, settings.vertices) if settings.check_finite else {}
+
+        def watch(tensor: Tensor, name: str) -> Tensor:
+            tensor.register_hook(partial(check_gradient, name))  # type: ignore[no-untyped-call]
+            return tensor
+
+        def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
+            for tensor in tensors_requiring_grad(output):
+                if tensor.grad_fn is not None:  # else it outlives this pass, and a hook on it would too
+                    watch(tensor, vertices[module])
+
+        def at_output(gradient: Tensor) -> None:
+            refuse_second_derivative()
+            self._keep_record(REVERSE_MODE)
+
+        each = settings.check_finite and are_operations(settings.vertices)
+        with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
+            result = self.module(*args, **kwargs)
+        for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
+            if tensor.grad_fn is not None:
+                tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        settings, parts = self.settings, named_parts(self.module)
+        vertices = settings.vertices
+        # A module that was chosen may have been replaced since, which the next pass will refuse.
+        names = [vertices] if isinstance(vertices, str) else [parts.get(m, type(m).__name__) for m in vertices]
+        frozen = "" if settings.frozen == ALL_FROZEN else f", frozen={settings.frozen}"
+        return f"solver={settings.solver}, vertices={', '.join(names)}, output={settings.output}{frozen}"
+
+    # The wrapper adds no state of its own, so a checkpoint of the plain module fits, and the other way round.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own state dictionary."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dictionary of the module's own kind."""
+        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Where the wrapper is a part of a larger model, that model's loading looks for its child's full name."""
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse the transforms of torch.func where there is something to differentiate by.
+
+    Raises:
+        RuntimeError: if a gradient would pass through the transform.
+    """
+    if any(x.requires_grad for x in (*module.parameters(), *tensors_requiring_grad((args, kwargs)))):
+        raise RuntimeError(
+            "within a transform of torch.func (vmap, grad, …) the relaxation phase would not run: call the wrapper "
+            "outside of it and loss.backward(), or transform the plain module (wrapper.module)"
+        )
+
+
+def _residuals(graph: Graph, states: States) -> dict[str, float]:
+    """``‖A x + s − x‖ / ‖A x + s‖`` by vertex name; 0 where there is nothing to relax to and nothing left."""
+    drive = graph.drive(states)
+    residuals = {}
+    for vertex, x in states.items():
+        distance, size = float((drive[vertex] - x).norm()), float(drive[vertex].norm())
+        residuals[vertex.name] = distance / size if size else math.inf if distance else 0.0
+    return residuals

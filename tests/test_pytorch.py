@@ -1,0 +1,277 @@
+"""What each private name of PyTorch in ``_pytorch.py`` means, so that a version that changes it is noticed here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge, save_on_cpu
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import relaxprop
+from relaxprop import _pytorch
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+class Asks(torch.autograd.Function):
+    """Twice its input; asks ``_pytorch.graph_is_kept`` in its backward pass."""
+
+    answers: list[bool] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Asks.answers.append(_pytorch.graph_is_kept())
+        return 2 * gradient
+
+
+def asks(x: Tensor) -> Tensor:
+    y: Tensor = Asks.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+def test_run_backward_is_grad() -> None:
+    a, b, unread = leaf(3), leaf(3), leaf(3)
+    h = a.sin()
+    outputs, gradients = [h * b, h.sum()], [torch.randn(3).double(), torch.tensor(2.0).double()]
+    onto: list[Any] = [a, get_gradient_edge(h), unread, b]
+    expected = torch.autograd.grad(outputs, onto, gradients, retain_graph=True, allow_unused=True)
+    found = _pytorch.run_backward(outputs, gradients, onto, retain_graph=True)
+    assert found[2] is expected[2] is None
+    for i in (0, 1, 3):
+        assert torch.equal(cast(Tensor, found[i]), expected[i])
+    assert a.grad is b.grad is None
+    assert not cast(Tensor, found[0]).requires_grad
+    _pytorch.run_backward(outputs, gradients, onto, retain_graph=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        _pytorch.run_backward(outputs, gradients, onto, retain_graph=False)
+
+
+def test_graph_is_kept_where_the_pass_was_asked_to() -> None:
+    Asks.answers.clear()
+    y = asks(leaf(2)).sum()
+    y.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    y.backward()  # type: ignore[no-untyped-call]
+    x = leaf(2)
+    y = asks(x).sum()
+    torch.autograd.grad(y, x, retain_graph=True)
+    torch.autograd.grad(y, x)
+    assert Asks.answers == [True, False, True, False]
+
+
+def test_in_transform() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(_pytorch.in_transform())
+        return x.sin().sum()
+
+    function(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(2, 2))
+    torch.func.grad(function)(torch.ones(2))
+    torch.func.vjp(function, torch.ones(2))
+    function(torch.ones(2))
+    assert seen == [False, True, True, True, False]
+
+
+def test_in_forward_mode() -> None:
+    assert not _pytorch.in_forward_mode()
+    with forward_ad.dual_level():
+        assert _pytorch.in_forward_mode()
+    assert not _pytorch.in_forward_mode()
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [torch.no_grad, torch.enable_grad, lambda: torch.set_grad_enabled(False), lambda: torch.set_grad_enabled(True)],
+)
+def test_a_mode_sees_what_switches_gradients(switch: Callable[[], Any]) -> None:
+    seen: list[bool] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if _pytorch.switches_gradients(func):
+                seen.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2)
+    with Mode():
+        x.sin()
+        torch.is_grad_enabled()
+        assert seen == []
+        with switch():
+            enabled = torch.is_grad_enabled()
+            assert seen[-1] is enabled
+        assert seen[-1] is True
+
+
+def test_a_mode_sees_the_gradients_that_a_function_switches() -> None:
+    """An ``autograd.Function`` runs without gradients, which the mode is not told of; those in it are enabled anew."""
+    seen: list[tuple[bool, bool]] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if _pytorch.switches_gradients(func):
+                seen.append((args[0], torch.is_grad_enabled()))
+            return func(*args, **(kwargs or {}))
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return x.detach().requires_grad_().sin().detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    with Mode():
+        Function.apply(leaf(2))  # type: ignore[no-untyped-call]
+    assert seen == [(True, False), (False, True)]
+
+
+def test_compiling_imports_the_module_that_is_looked_for() -> None:
+    code = (
+        "import torch; from relaxprop import _pytorch; before = _pytorch.may_be_compiled();"
+        "f = torch.compile(lambda x: x + 1, backend='eager'); print(before, _pytorch.may_be_compiled())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True"]
+
+
+def test_is_checkpointed() -> None:
+    seen: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(_pytorch.is_checkpointed())
+        return x.sin()
+
+    x = leaf(2)
+    function(x)
+    with save_on_cpu():
+        function(x)
+    checkpoint(function, x, use_reentrant=False)
+    checkpoint(lambda x: checkpoint(function, x, use_reentrant=False), x, use_reentrant=False)
+    function(x)
+    assert seen == [False, False, True, True, False]
+
+
+def test_without_the_stack_of_hooks_the_running_functions_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_pytorch, "_TOP_HOOKS", None)
+    test_is_checkpointed()
+
+
+def test_version_counts_writes() -> None:
+    x = torch.zeros(3)
+    alias, view, before = x.detach(), x[1:], _pytorch.version(x)
+    view.add_(1)
+    assert _pytorch.version(x) == _pytorch.version(alias) == _pytorch.version(view) == before + 1
+    x.sum()
+    assert _pytorch.version(x) == before + 1
+    x.data.add_(1)
+    assert _pytorch.version(x) == before + 1  # such writes are not counted
+
+
+def test_views_and_their_bases() -> None:
+    a = leaf(2, 3)
+    x = a.sin()
+    for view in (x.T, x[:, 0], x.view(-1), x.T[0]):
+        assert _pytorch.is_view(view)
+        assert _pytorch.base(view) is x
+    for new in (x, x.clone(), x + 1, x.contiguous()):
+        assert not _pytorch.is_view(new)
+        assert _pytorch.base(new) is new
+    assert x.contiguous() is x
+
+
+def test_arrived_hooks_can_be_set_aside() -> None:
+    x, seen = leaf(2), list[Tensor]()
+    assert not _pytorch.arrived_hooks(x)
+    handle = x.register_hook(seen.append)  # type: ignore[no-untyped-call]
+    hooks = _pytorch.arrived_hooks(x)
+    assert hooks is not None
+    kept = dict(hooks)
+    assert list(kept.values()) == [seen.append]
+    hooks.clear()
+    torch.autograd.grad(x.sin().sum(), x)
+    assert seen == []
+    hooks.update(kept)
+    torch.autograd.grad(x.sin().sum(), x)
+    assert len(seen) == 1
+    handle.remove()
+    assert not _pytorch.arrived_hooks(x)
+
+
+def test_nodes_of_leaves() -> None:
+    x, parameter = leaf(2), nn.Parameter(torch.ones(2))
+    product = get_gradient_edge(x.sin() * parameter).node
+    assert not _pytorch.is_leaf_node(product)
+    assert not _pytorch.is_leaf_node(None)
+    (sine, _), (node, _) = product.next_functions
+    assert _pytorch.is_leaf_node(node)
+    assert _pytorch.leaf_of(node) is parameter
+    assert sine is not None
+    ((node, _),) = sine.next_functions
+    assert _pytorch.is_leaf_node(node)
+    assert _pytorch.leaf_of(node) is x
+    assert get_gradient_edge(x).node is node
+
+
+def test_class_of_a_functions_nodes() -> None:
+    x = leaf(2)
+    assert isinstance(asks(x).grad_fn, _pytorch.backward_class(Asks))
+    assert not isinstance(x.sin().grad_fn, _pytorch.backward_class(Asks))
+
+
+def test_a_module_has_hooks() -> None:
+    module = nn.Linear(2, 2)
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        assert not _pytorch.has_hooks(module)
+        handle = register(lambda *_: None)
+        assert _pytorch.has_hooks(module)
+        handle.remove()
+    assert not _pytorch.has_hooks(module)
+
+
+def test_message_of_a_write_to_a_leaf() -> None:
+    with pytest.raises(RuntimeError, match=re.escape(_pytorch.LEAF_OVERWRITTEN)):
+        leaf(2).add_(1)
+
+
+def test_nested_structures() -> None:
+    pair = namedtuple("pair", ("first", "second"))
+    nested = {"a": [1, (2, None)], "b": pair(3, OrderedDict(x="x"))}
+    assert _pytorch.tree_leaves(nested) == [1, 2, None, 3, "x"]
+    assert _pytorch.arg_tree_leaves([1, 2], k=(3,)) == [1, 2, 3]
+    doubled = _pytorch.tree_map(lambda leaf: None if leaf is None else 2 * leaf, nested)
+    assert doubled == {"a": [2, (4, None)], "b": pair(6, OrderedDict(x="xx"))}
+    assert type(doubled["b"]) is pair
+
+
+_PRIVATE = (
+    r"torch\._|utils import _|utils\._|_execution_engine|\._(version|base|is_view)\b|_conv_forward|_current_level"
+    r"|\._\w*_hooks\b|\._backward_cls|_ConvNd|_InstanceNorm|\.variable\b"
+)
+
+
+def test_private_names_stand_in_one_file() -> None:
+    """But for ``_modules``, ``_parameters`` and ``_buffers`` of ``nn.Module``, which much of the world reads."""
+    files = sorted(Path(relaxprop.__file__).parent.glob("*.py"))
+    found = {(f.name, m[0]) for f in files for m in re.finditer(_PRIVATE, f.read_text(encoding="utf-8"))}
+    assert {name for name, _ in found} == {"_pytorch.py"}, found
