@@ -7,13 +7,15 @@ from relaxprop.frozen import Frozen
 from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
 from relaxprop.inspect.convergence import Convergence, certificate, convergence
 from relaxprop.inspect.locality import Locality, describe_locality
-from relaxprop.solvers import ClosedForm, Continuous, Equilibrium, Euler, Relaxation
+from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
+from relaxprop.unconverged import UnconvergedWarning
 from relaxprop.wrapper import ActivationRelaxation
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAPER",
     "ActivationRelaxation",
     "Alignment",
     "ClosedForm",
@@ -25,6 +27,7 @@ __all__ = [
     "Locality",
     "NonFiniteStateError",
     "Relaxation",
+    "UnconvergedWarning",
     "alignment",
     "certificate",
     "convergence",

@@ -48,7 +48,7 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
     if (euler := solver.replay()) is not None:
         x = graph.initial_states()
         trajectory = (following for following, _ in euler.trajectory(graph, x))
-        for step, following in enumerate((x, *islice(trajectory, euler.num_steps))):
+        for step, following in enumerate((x, *islice(trajectory, euler.steps(graph.depth)))):
             if (first := _first_not_finite(following)) is not None:
                 raise NonFiniteStateError(first, step)
     raise NonFiniteStateError(overflowed, step)

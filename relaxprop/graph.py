@@ -92,6 +92,7 @@ class Graph:
     Args:
         stored: the feedforward pass; its vertices in their order.
         clamped: whether a vertex that is itself the output is held at ∂L/∂x^L.
+        from_zero: whether the states start at zero, and not at x̄.
         masked: whether there may be activities at the end of their type's range, which start at zero.
         linearise: the Jacobians of (1) at given states; None where they are those of the feedforward pass, so that (1)
             is linear.
@@ -109,6 +110,7 @@ class Graph:
         stored: Linearisation,
         *,
         clamped: bool = True,
+        from_zero: bool = False,
         masked: bool = False,
         linearise: Callable[[States], Linearisation] | None = None,
     ) -> None:
@@ -116,6 +118,7 @@ class Graph:
         self.recorded = list(stored.cuts)
         self.outputs = stored.outputs
         self.clamped = clamped
+        self.from_zero = from_zero
         self.masked = masked
         self._linearise = linearise
         self._output_cotangents: Sequence[Tensor | None] = [None] * len(self.outputs)
@@ -243,13 +246,16 @@ class Graph:
         return max([float(g.abs().max()) for g in cotangents if g.numel()], default=0.0)
 
     def initial_states(self) -> States:
-        """x̄, in float32 at least. A vertex that is itself the output and is read by none starts (and so stays)
-        at ∂L/∂x^L where the output is clamped."""
-        states = {v: v.stand_in.detach() for v in self.vertices}
-        if self._converts:
-            states = {v: _at_least_float32(x) for v, x in states.items()}
-        if self.masked:
-            states = {v: _within_range(x) for v, x in states.items()}
+        """x_0: x̄, in float32 at least, or zero. A vertex that is itself the output and is read by none starts (and so
+        stays) at ∂L/∂x^L where the output is clamped."""
+        if self.from_zero:
+            states = {v: v.zeros() for v in self.vertices}
+        else:
+            states = {v: v.stand_in.detach() for v in self.vertices}
+            if self._converts:
+                states = {v: _at_least_float32(x) for v, x in states.items()}
+            if self.masked:
+                states = {v: _within_range(x) for v, x in states.items()}
         for v in self.held():
             states[v] = self.source()[v]
         return states

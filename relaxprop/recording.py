@@ -20,6 +20,7 @@ from relaxprop.update import Update
 from relaxprop.vertices import Granularity, are_operations, choose_vertices, find_layers, named_parts
 
 OutputRule = Literal["clamped", "relaxed"]
+InitialState = Literal["feedforward", "zero"]
 
 
 class Recording(NamedTuple):
@@ -49,6 +50,7 @@ def record(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    initial: InitialState = "feedforward",
     output: OutputRule = "clamped",
     frozen: Frozen = ALL_FROZEN,
     writes: Writes | None = None,
@@ -60,6 +62,7 @@ def record(
         vertices: as `find_vertices` takes them.
         args: the model's; tensors that require grad are inputs that gradients are wanted for.
         kwargs: likewise.
+        initial: where the states start: "feedforward" at x̄, "zero" at zero.
         output: "clamped" holds the output at ∂L/∂x^L, "relaxed" makes it one more vertex.
         frozen: what the relaxation phase and the update take from this pass, and what from another at the states.
         writes: what earlier passes have shown of the model; this pass adds to it.
@@ -93,6 +96,7 @@ def record(
     graph = Graph(
         stored,
         clamped=output == "clamped",
+        from_zero=initial == "zero",
         masked=cut.operations,
         linearise=None if frozen.relaxation_derivative else rerun,
     )

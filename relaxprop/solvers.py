@@ -1,9 +1,12 @@
-r"""Solvers of the relaxation phase: from the initial state x̄ towards ``x* = Σ_k A^k s = ∂L/∂x``.
+r"""Solvers of the relaxation phase: from the initial state x_0 towards ``x* = Σ_k A^k s = ∂L/∂x``.
 
     Euler        x ← x + η (A x + s − x), n times                            equations (1) and (7), step by step
-    ClosedForm   x_n = Σ_{k<D} [ c_k A^k x̄ + d_k A^k s ]                     the same x_n in D − 1 products with A
+    ClosedForm   x_n = Σ_{k<D} [ c_k A^k x_0 + d_k A^k s ]                   the same x_n in D − 1 products with A
     Continuous   x(T), the same sum with Poisson weights                     the differential equation itself
     Equilibrium  x* = s + A x*                                               the limit, one reverse sweep
+
+Without a number of steps the first two relax "while not converged" (Algorithm 1): for the fewest steps after which the
+initial state weighs no more than rounding in every vertex, as `transients` knows from the graph's depth.
 
 A is applied by `Graph.transport`; c_k and d_k come from `transients`. Where the relaxation's derivative is not frozen,
 A and s depend on x (`Graph.drive`): then `Euler` steps and `Continuous` integrates numerically.
@@ -19,7 +22,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, lru_cache
 from numbers import Real
 from typing import ClassVar
@@ -54,17 +57,21 @@ class Relaxation:
     """What one relaxation phase did.
 
     Attributes:
-        vertices: number of vertices that relaxed; None where the graph was not cut (`Equilibrium`).
+        vertices: number of vertices that relaxed; None where the limit was asked for and the graph was not cut.
         depth: D, the number of vertices on the longest path; None likewise.
-        num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`).
+        num_steps: n; None where the solver has no steps (`Continuous`, `Equilibrium`), or the depth is None.
         transports: products with A that were made; a sweep counts as one, as it visits every edge once.
-        remaining: weight of the initial state in the vertex that is farthest from the output (in expectation where
-            the order is asynchronous; at most so much where the output is a vertex). 0: the states are the gradient.
-            None where the relaxation's derivative is not frozen: the states are no weighted sum then.
+        remaining: weight of the initial state's difference to the gradient in the vertex that is farthest from the
+            output (in expectation where the order is asynchronous; at most so much where the output is a vertex). 0:
+            the states are the gradient. None where the relaxation's derivative is not frozen: the states are no
+            weighted sum then.
         converged: whether ``remaining`` is below the rounding of the states' type or, for `Euler` with a
             tolerance, whether the tolerance was reached; None where neither is known.
         residuals: by vertex name, ``‖A x + s − x‖ / ‖A x + s‖`` in the final state; None unless asked for with
             ``ActivationRelaxation(…, measure_residual=True)``.
+        states: by vertex name, in the order of the feedforward pass, the final state, of its activity's shape; None
+            unless asked for with
+            ``ActivationRelaxation(…, keep_states=True)``.
     """
 
     vertices: int | None
@@ -74,6 +81,7 @@ class Relaxation:
     remaining: float | None
     converged: bool | None
     residuals: Mapping[str, float] | None = None
+    states: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def residual(self) -> float | None:
@@ -106,9 +114,29 @@ class Solver(ABC):
     def schedule(self) -> str:
         """In which order the states are updated, and what that takes, in words."""
 
+    @property
+    def is_limit(self) -> bool:
+        """Whether the states are the limit x* to rounding, in whatever graph and from whatever start."""
+        return False
+
     def replay(self) -> Euler | None:
         """The step-by-step solver of the same states, if there is one: it tells in which step a state overflowed."""
         return None
+
+
+def planned_steps(depth: int, step_size: float, order: Order) -> int:
+    """The fewest steps that leave no more than rounding of the initial state in a graph of this depth.
+
+    That is double precision's, whatever the states' type, since activities can be many orders of magnitude larger than
+    gradients. In an asynchronous order the weight is a mean over chance: there it is twice as many.
+    """
+    enough = steps_to_converge(max(depth, 1), float(step_size), NEGLIGIBLE, order=order)
+    return 2 * enough if order == "asynchronous" else enough
+
+
+def _check_num_steps(num_steps: object) -> None:
+    if num_steps is not None:
+        check_count("num_steps", num_steps)
 
 
 _SCHEDULES: dict[Order, str] = {
@@ -124,7 +152,9 @@ class Euler(Solver):
 
     Args:
         step_size: η in (0, 2).
-        num_steps: number of steps, ≥ 1; with a tolerance, at most so many.
+        num_steps: number of steps, ≥ 1; with a tolerance, at most so many. None (default): the fewest that leave no
+            more than rounding of the initial state (`planned_steps`). Where the relaxation's derivative is not frozen,
+            it is the same number, though nothing guarantees there that it is enough: look at the residuals.
         order: "simultaneous" updates all vertices at once (the paper's text), "sequential" each from its
             children's new states, from the output towards the input (the authors' code), "asynchronous" in each step a
             random half of the vertices (drawn from PyTorch's CPU generator, so ``torch.manual_seed`` fixes it).
@@ -139,35 +169,39 @@ class Euler(Solver):
     name: ClassVar[str] = "euler"
 
     step_size: float = 0.1
-    num_steps: int = 100
+    num_steps: int | None = None
     _: KW_ONLY
     order: Order = "simultaneous"
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
         check_step_size(self.step_size)
-        check_count("num_steps", self.num_steps)
+        _check_num_steps(self.num_steps)
         check_order(self.order)
         if self.tolerance is not None:
             check_tolerance(self.tolerance)
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         states = initial = graph.initial_states()
-        steps, reached = 0, False
+        num_steps, steps, reached = self.steps(graph.depth), 0, False
         earliest = math.inf
         if self.tolerance is not None and graph.depth:
             earliest = steps_to_converge(graph.depth, float(self.step_size), self.tolerance, order=self.order)
         for following, drive in self.trajectory(graph, initial):
             previous, states, steps = states, following, steps + 1
             reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
-            if reached or steps == self.num_steps:
+            if reached or steps == num_steps:
                 break
         hops = discrete_hops(graph.depth, float(self.step_size), steps, self.order)
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
 
+    def steps(self, depth: int) -> int:
+        """n for a graph of this depth."""
+        return planned_steps(depth, self.step_size, self.order) if self.num_steps is None else int(self.num_steps)
+
     def hops(self, depth: int) -> Hops:
-        return discrete_hops(depth, float(self.step_size), int(self.num_steps), self.order)
+        return discrete_hops(depth, float(self.step_size), self.steps(depth), self.order)
 
     def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
@@ -215,23 +249,25 @@ class _Linear(Solver):
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         check_solves(self, linear=graph.is_linear)
         hops = self.hops(graph.depth)
-        if hops.largest < NEGLIGIBLE:  # nothing of x̄ is left: x_n = x*
+        if hops.largest <= NEGLIGIBLE:  # nothing of x_0 is left: x_n = x*
             states, transports = graph.sweep(lambda _, arriving: arriving), 1
         else:
             states, transports = _horner(graph, hops)
-        return states, _record(graph, states, hops, num_steps=self._num_steps(), transports=transports)
+        return states, _record(graph, states, hops, num_steps=self._num_steps(graph.depth), transports=transports)
 
-    def _num_steps(self) -> int | None:
+    def _num_steps(self, depth: int) -> int | None:
         return None
 
 
 def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
-    """``Σ_k [ c_k A^k x̄ + d_k A^k s ]`` by Horner's rule: y ← A y + c_k x̄ + d_k s, for k from the last term to 0.
+    """``Σ_k [ c_k A^k x_0 + d_k A^k s ]`` by Horner's rule: y ← A y + c_k x_0 + d_k s, for k from the last term to 0.
 
     After stage k there are k products with A to come, each a hop towards the input. So stage k leaves out the vertices
     with fewer than k vertices upstream: those nearest to the input, often the most expensive, are visited once.
     """
     source, initial = graph.source(), graph.initial_states()
+    if graph.from_zero:  # where only what is held at ∂L/∂x^L is not zero
+        initial = {v: initial[v] for v in graph.held()}
     states: States = {}  # those that are not zero
     for k in reversed(range(len(hops.terms))):
         c, d = hops.terms[k]
@@ -239,7 +275,8 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
         y = graph.transport(states, active) if states else {}
         if c:
             for v in active:
-                y[v] = torch.add(y[v], initial[v], alpha=c) if v in y else initial[v] * c
+                if v in initial:
+                    y[v] = torch.add(y[v], initial[v], alpha=c) if v in y else initial[v] * c
         if d:
             for v, s in source.items():
                 if v.upstream >= k:
@@ -252,11 +289,14 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
 class ClosedForm(_Linear):
     """The states after ``num_steps`` Euler steps, to rounding, in at most D − 1 products with A (D: the graph's depth).
 
-    Where nothing of the initial state is left, one reverse sweep replaces them.
+    Where nothing of the initial state is left, one reverse sweep replaces them. That is so by default, "while not
+    converged" in Algorithm 1: whatever the loss's scale, the gradients are backpropagation's. The paper's experiments
+    take 100 steps of 0.1: `PAPER`.
 
     Args:
         step_size: η in (0, 2).
-        num_steps: number of steps, ≥ 1.
+        num_steps: number of steps, ≥ 1. None (default): the fewest that leave no more than rounding of the initial
+            state, as the graph's depth says (`steps_to_converge`).
         order: "simultaneous" (the paper's text) or "sequential" (the authors' code).
 
     Raises:
@@ -267,24 +307,28 @@ class ClosedForm(_Linear):
     only_linear: ClassVar[bool] = True
 
     step_size: float = 0.1
-    num_steps: int = 100
+    num_steps: int | None = None
     _: KW_ONLY
     order: Order = "simultaneous"
 
     def __post_init__(self) -> None:
         check_step_size(self.step_size)
-        check_count("num_steps", self.num_steps)
+        _check_num_steps(self.num_steps)
         check_order(self.order, ("simultaneous", "sequential"))
 
     def hops(self, depth: int) -> Hops:
-        return discrete_hops(depth, float(self.step_size), int(self.num_steps), self.order)
+        return self.replay().hops(depth)
+
+    @property
+    def is_limit(self) -> bool:
+        return self.num_steps is None
 
     @property
     def schedule(self) -> str:
         return f"closed form; {_SCHEDULES[self.order]}"
 
-    def _num_steps(self) -> int:
-        return self.num_steps
+    def _num_steps(self, depth: int) -> int:
+        return self.replay().steps(depth)
 
     def replay(self) -> Euler:
         return Euler(self.step_size, self.num_steps, order=self.order)
@@ -394,11 +438,18 @@ class Equilibrium(Solver):
     def hops(self, depth: int) -> Hops:
         return Hops(np.zeros(depth), np.ones(depth))
 
+    @property
+    def is_limit(self) -> bool:
+        return True
+
 
 def at_equilibrium(vertices: int | None, depth: int | None) -> Relaxation:
     """The record of states that one sweep has brought to equilibrium."""
     return Relaxation(vertices, depth, num_steps=None, transports=1, remaining=0.0, converged=True)
 
+
+PAPER = ClosedForm(0.1, 100)
+"""The setting of the paper's experiments: 100 steps of 0.1, enough for the summed squared error on shallow networks."""
 
 SOLVERS: dict[str, type[Solver]] = {kind.name: kind for kind in (ClosedForm, Euler, Continuous, Equilibrium)}
 

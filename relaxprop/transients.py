@@ -143,7 +143,11 @@ def steps_to_converge(depth: int, step_size: float, tolerance: float, *, order: 
     check_step_size(step_size)
     check_order(order)
     check_tolerance(tolerance)
+    return _fewest_steps(depth, step_size, tolerance, order)
 
+
+@lru_cache(maxsize=1024)
+def _fewest_steps(depth: int, step_size: float, tolerance: float, order: Order) -> int:
     def enough(num_steps: int) -> bool:
         return discrete_hops(depth, step_size, num_steps, order).remaining <= tolerance
 

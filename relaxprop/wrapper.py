@@ -5,13 +5,12 @@ needs around them: settings that are checked whole, the shortcut at equilibrium,
 and the state dictionary.
 
 May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, recording, relaxation, solvers,
-transients, vertices.
+unconverged, vertices.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -29,15 +28,14 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.nested import map_tensors, tensors_requiring_grad
 from relaxprop.operations import EachOperation
-from relaxprop.recording import OutputRule, Recording, record
+from relaxprop.recording import InitialState, OutputRule, Recording, record
 from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
-from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves, solver_names
-from relaxprop.transients import steps_to_converge
+from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, check_solves, solver_names
+from relaxprop.unconverged import tell, warn_user
 from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
 
-DEFAULT = ClosedForm()
+UNTIL_CONVERGED = ClosedForm()
 REVERSE_MODE = at_equilibrium(vertices=None, depth=None)  # the record of a graph that was not cut
-UNCONVERGED = 0.1  # weight of the initial state from which on the default's user is warned
 
 
 @dataclass(frozen=True)
@@ -49,21 +47,25 @@ class Settings:
         ValueError: an unknown option, or options that exclude one another.
     """
 
-    solver: Solver = DEFAULT
+    solver: Solver = UNTIL_CONVERGED
     vertices: Granularity | Iterable[nn.Module] = "activations"
     frozen: Frozen = ALL_FROZEN
+    initial: InitialState = "feedforward"
     output: OutputRule = "clamped"
     check_finite: bool = True
     measure_residual: bool = False
+    keep_states: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"solver must be one of {solver_names()}, got {_shown(self.solver)}")
         if not isinstance(self.frozen, Frozen):
             raise TypeError(f"frozen must be a Frozen(…), got {_shown(self.frozen)}")
+        if self.initial not in get_args(InitialState):
+            raise ValueError(f"initial must be 'feedforward' or 'zero', got {self.initial!r}")
         if self.output not in get_args(OutputRule):
             raise ValueError(f"output must be 'clamped' or 'relaxed', got {self.output!r}")
-        for name in ("check_finite", "measure_residual"):
+        for name in ("check_finite", "measure_residual", "keep_states"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         # An iterator would be used up, and a ModuleList can be changed.
@@ -109,9 +111,11 @@ class ActivationRelaxation(nn.Module):
     ``module``, without a prefix (``named_parameters`` have the prefix ``module.``, as of any part). In evaluation
     (``torch.no_grad()``) the module is called directly.
 
-    The initial state of the relaxation phase is the feedforward activity, whatever the loss's scale. So with a finite
-    number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
-    is left of the initial state weigh more beside the gradient; ``last_relaxation.remaining`` says how much is left.
+    By default the phase relaxes until converged: for as many steps as leave no more than rounding of the initial state,
+    so that the gradients are backpropagation's. After a given number of steps something of the initial state is left.
+    That is the feedforward activity, whatever the loss's scale; so dividing a loss by a number (for gradient
+    accumulation, or as a mean instead of a sum) makes it weigh more beside the gradient. The first backward pass of a
+    setting measures that, and an `UnconvergedWarning` tells where it is much.
 
     A hook on an activity, and a full backward hook on a submodule, belongs to its Jacobian: it runs in every product
     with A. A loss that reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
@@ -120,8 +124,8 @@ class ActivationRelaxation(nn.Module):
 
     Args:
         module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
-        solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 with the paper's 100 steps of 0.1),
-            `Euler`, `Continuous`, `Equilibrium`.
+        solver: how (1) is integrated: `ClosedForm` (default: Algorithm 1 until converged), `PAPER` (its 100 steps of
+            0.1, as in the paper's experiments), `Euler`, `Continuous`, `Equilibrium`.
         vertices: what relaxes: "activations" (outputs of activation modules, the paper's layers), "modules" (outputs of
             all modules without submodules), "operations" (results of all operations, in functional code too: the
             paper's Appendix A; where an attention mask has put scores at −∞ or the least number there is, their states
@@ -129,11 +133,15 @@ class ActivationRelaxation(nn.Module):
         frozen: which feedforward quantities (1) and (2) keep, by default all: the paper's conditions a to d (`Frozen`).
             Each quantity that is not kept costs forward passes: one per update, and one per step where the
             relaxation's derivative is not.
+        initial: where the states start: "feedforward" at the activities, ``x_0 = x̄`` (the paper), or "zero". From zero
+            the states are linear in ∂L/∂x^L: after n steps they are the prediction errors of predictive coding with
+            fixed predictions after n + 1 (Millidge, Tschantz, Buckley, arXiv 2006.04182).
         output: "clamped" holds the output at ∂L/∂x^L as in Algorithm 1; "relaxed" lets it relax there like any vertex.
         check_finite: raise `NonFiniteStateError` when a state overflows. False leaves infinities to propagate, as a
             gradient scaler for float16 expects.
         measure_residual: measure, at the price of one more product with A, how far the final states are from
             equilibrium (``last_relaxation.residuals``).
+        keep_states: keep the final states (``last_relaxation.states``), for plots and for rules of your own.
 
     Attributes:
         last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
@@ -155,23 +163,28 @@ class ActivationRelaxation(nn.Module):
     solver: Solver
     vertices: Granularity | Iterable[nn.Module]
     frozen: Frozen
+    initial: InitialState
     output: OutputRule
     check_finite: bool
     measure_residual: bool
+    keep_states: bool
 
     settings: Settings
     _writes: Writes
+    _told: bool
 
     def __init__(
         self,
         module: nn.Module,
         *,
-        solver: Solver = DEFAULT,
+        solver: Solver = UNTIL_CONVERGED,
         vertices: Granularity | Iterable[nn.Module] = "activations",
         frozen: Frozen = ALL_FROZEN,
+        initial: InitialState = "feedforward",
         output: OutputRule = "clamped",
         check_finite: bool = True,
         measure_residual: bool = False,
+        keep_states: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -180,14 +193,19 @@ class ActivationRelaxation(nn.Module):
             raise TypeError("module is, or contains, an ActivationRelaxation already: wrap the plain module once")
         self.module = module
         self.last_relaxation: Relaxation | None = None
-        self._warned = False
-        self._configure(Settings(solver, vertices, frozen, output, check_finite, measure_residual))
+        self._configure(
+            Settings(solver, vertices, frozen, initial, output, check_finite, measure_residual, keep_states)
+        )
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def _configure(self, settings: Settings) -> None:
         find_vertices(self.module, settings.vertices)
         # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
-        vars(self).update(settings=settings, _writes=Writes())
+        vars(self).update(settings=settings, **_of_first_pass())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's first pass is to be looked at as any other's.
+        return vars(self) | _of_first_pass()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked whole whenever one is set, and hold from the next pass on."""
@@ -208,16 +226,11 @@ class ActivationRelaxation(nn.Module):
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings
-        if isinstance(settings.solver, Equilibrium) and self._is_reverse_mode():
+        if settings.solver.is_limit and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)
         if recording.uncalled:
-            warnings.warn(
-                f"none of the vertices ({', '.join(recording.uncalled[:3])}, …) was called in the forward pass, "
-                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
-                "vertices='modules' or the submodules whose outputs should relax",
-                stacklevel=4,
-            )
+            _warn_of_uncalled(recording.uncalled)
         if not recording.graph.outputs:
             return recording.result
         outputs = iter(
@@ -233,6 +246,7 @@ class ActivationRelaxation(nn.Module):
             settings.vertices,
             args,
             kwargs,
+            initial=settings.initial,
             output=settings.output,
             frozen=settings.frozen,
             writes=self._writes,
@@ -245,17 +259,14 @@ class ActivationRelaxation(nn.Module):
             check_finite(graph, states, settings.solver)
         if settings.measure_residual:
             relaxation = replace(relaxation, residuals=_residuals(graph, states))
+        if settings.keep_states:
+            kept = {v.name: states[v].detach().clone() for v in graph.recorded if v in states}
+            relaxation = replace(relaxation, states=kept)
         self._keep_record(relaxation)
-        remaining = relaxation.remaining
-        if settings.solver is DEFAULT and remaining is not None and remaining > UNCONVERGED and not self._warned:
-            self._warned = True
-            enough = steps_to_converge(graph.depth, 0.5, 1e-3)
-            warnings.warn(
-                f"100 steps of 0.1 leave {remaining:.0%} of the initial state in a graph of depth {graph.depth}, so "
-                f"gradients near the input are far from backpropagation's: pass solver=ClosedForm(0.5, {enough}), "
-                "which leaves 0.1 %, or ClosedForm(0.1, 100) if that is what you want",
-                stacklevel=2,
-            )
+        if not self._told:
+            vars(self)["_told"] = True
+            if relaxation.remaining and not relaxation.converged:  # neither is known of a nonlinear relaxation
+                tell(settings.solver, graph, states)
 
     def _keep_record(self, relaxation: Relaxation) -> None:
         vars(self)["last_relaxation"] = relaxation
@@ -263,21 +274,24 @@ class ActivationRelaxation(nn.Module):
     def _is_reverse_mode(self) -> bool:
         """Whether the gradients at equilibrium are those of one reverse sweep."""
         settings = self.settings
-        if settings.frozen != ALL_FROZEN or settings.measure_residual:
+        if settings.frozen != ALL_FROZEN or settings.measure_residual or settings.keep_states:
             return False
         return not differs_by_phase(named_parts(self.module))
 
     def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
         settings = self.settings
-        vertices = find_vertices(self.module, settings.vertices) if settings.check_finite else {}
+        look = settings.check_finite or not self._told
+        vertices = find_vertices(self.module, settings.vertices) if look else {}
+        called = set[nn.Module]()
 
         def watch(tensor: Tensor, name: str) -> Tensor:
             tensor.register_hook(partial(check_gradient, name))  # type: ignore[no-untyped-call]
             return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
-            for tensor in tensors_requiring_grad(output):
+            called.add(module)
+            for tensor in tensors_requiring_grad(output) if settings.check_finite else ():
                 if tensor.grad_fn is not None:  # else it outlives this pass, and a hook on it would too
                     watch(tensor, vertices[module])
 
@@ -288,6 +302,10 @@ class ActivationRelaxation(nn.Module):
         each = settings.check_finite and are_operations(settings.vertices)
         with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
             result = self.module(*args, **kwargs)
+        if not self._told:
+            vars(self)["_told"] = True
+            if vertices and not called:
+                _warn_of_uncalled(list(vertices.values()))
         for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
             if tensor.grad_fn is not None:
                 tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
@@ -299,7 +317,8 @@ class ActivationRelaxation(nn.Module):
         # A module that was chosen may have been replaced since, which the next pass will refuse.
         names = [vertices] if isinstance(vertices, str) else [parts.get(m, type(m).__name__) for m in vertices]
         frozen = "" if settings.frozen == ALL_FROZEN else f", frozen={settings.frozen}"
-        return f"solver={settings.solver}, vertices={', '.join(names)}, output={settings.output}{frozen}"
+        initial = "" if settings.initial == "feedforward" else f", initial={settings.initial}"
+        return f"solver={settings.solver}, vertices={', '.join(names)}, output={settings.output}{initial}{frozen}"
 
     # The wrapper adds no state of its own, so a checkpoint of the plain module fits, and the other way round.
 
@@ -310,6 +329,19 @@ class ActivationRelaxation(nn.Module):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Loads a state dictionary of the module's own kind."""
         return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _of_first_pass() -> dict[str, Any]:
+    """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
+    return {"_writes": Writes(), "_told": False}
+
+
+def _warn_of_uncalled(names: list[str]) -> None:
+    warn_user(
+        f"none of the vertices ({', '.join(names[:3])}, …) was called in the forward pass, so nothing relaxes and this "
+        "is backpropagation: does the model call functions in their place? Pass vertices='modules' or the submodules "
+        "whose outputs should relax"
+    )
 
 
 def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -35,9 +35,12 @@ class LiteralNetwork(Protocol):
         """(2), and the input's gradient, by the names that `gradients` uses."""
 
 
-def relax(network: LiteralNetwork, step_size: float, num_steps: int, order: str) -> list[Tensor]:
-    """Algorithm 1. The states of a `LiteralNetwork` are in topological order, so the last is nearest to the output."""
-    x = list(network.activities)
+def relax(
+    network: LiteralNetwork, step_size: float, num_steps: int, order: str, start: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Algorithm 1, by default from x̄. The states of a `LiteralNetwork` are in topological order, so the last is nearest
+    to the output."""
+    x = list(network.activities if start is None else start)
     for _ in range(num_steps):
         if order == "simultaneous":
             x = [x_i + step_size * (d_i - x_i) for x_i, d_i in zip(x, network.drive(x), strict=True)]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen, Relaxation
+from relaxprop import PAPER, ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen, Relaxation
 from relaxprop.solvers import Solver
 from tests.compare import assert_same_gradients, backward, gradients, largest_distance, refuses, squares
 from tests.literal import LiteralChain, relax
@@ -318,7 +317,8 @@ def test_a_subclass_of_an_activation_is_a_vertex() -> None:
     class Mine(nn.Tanh):
         pass
 
-    model = ActivationRelaxation(nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)))
+    network = nn.Sequential(nn.Linear(3, 4), Mine(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = ActivationRelaxation(network, solver=PAPER)
     backward(squares(model(torch.randn(2, 3))))
     assert model.last_relaxation is not None
     assert model.last_relaxation.vertices == 2
@@ -341,20 +341,6 @@ def test_vertices_given_as_a_module_list_stay_out_of_the_state() -> None:
     assert len(larger.state_dict()) == 6
     with pytest.raises(TypeError, match=r"vertices must be .* got Sequential"):
         ActivationRelaxation(nn.Sequential(nn.Sequential(nn.Tanh())), vertices=nn.Sequential(nn.Tanh()))
-
-
-def test_the_default_says_once_when_a_graph_is_too_deep_for_it() -> None:
-    x = torch.randn(2, 3)
-    deep, shallow = mlp(*[3] * 12), mlp(3, 3, 3)
-    model = ActivationRelaxation(deep)
-    with pytest.warns(UserWarning, match=r"of depth 10, .* pass solver=ClosedForm\(0\.5, \d+\)"):
-        backward(squares(model(x)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        backward(squares(model(x)))
-        for module, solver in ((deep, ClosedForm(0.1, 100)), (deep, Equilibrium()), (shallow, ClosedForm())):
-            backward(squares(ActivationRelaxation(module, solver=solver)(x)))
-        backward(squares(ActivationRelaxation(shallow)(x)))
 
 
 def test_printing_shows_what_the_wrapper_does() -> None:
@@ -384,7 +370,7 @@ def test_the_solver_may_change_between_passes() -> None:
         assert_same_gradients(gradients(model, (z,)), literal.gradients(relax(literal, 0.3, n, "simultaneous")))
     model.solver = Equilibrium()
     assert_same_gradients(gradients(model, (z,)), gradients(chain, (z,)))
-    model.solver = ClosedForm()
+    model.solver = PAPER
     expected = literal.gradients(relax(literal, 0.1, 100, "simultaneous"))
     assert_same_gradients(gradients(model, (z,)), expected)
 

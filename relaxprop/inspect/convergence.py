@@ -128,7 +128,7 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
 
     measured: dict[str, list[float]] = {name: [] for name in parameters}
     followed = (states for states, _ in euler.trajectory(graph, initial))
-    for states in (initial, *islice(followed, euler.num_steps)):
+    for states in (initial, *islice(followed, euler.steps(graph.depth))):
         for name, g in gradients_of(states, True).items():
             measured[name].append(float(numbers(g - exact[name]).norm()) / scale[name])
 
@@ -139,9 +139,8 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
         for name, g in gradients_of(difference, False).items():
             contributions[name].append(numbers(g))
         difference = graph.transport(difference)
-    c = np.stack(
-        [discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in range(euler.num_steps + 1)]
-    )
+    steps = range(euler.steps(graph.depth) + 1)
+    c = np.stack([discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in steps])
     predicted = {}
     for name, parts in contributions.items():
         gram = (torch.stack(parts) @ torch.stack(parts).T).cpu().numpy() if parts else np.zeros((0, 0))

@@ -100,6 +100,7 @@ _LINEAR = {
 }
 _SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}  # save no values
 _GAINS = {"Mul", "Div", "Addcmul", "PreluKernel"}  # and norms: one number per unit, which the unit itself knows
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _EITHER_WAY: Any = backward_class(EitherWay)
 _SEND_BACK: Any = backward_class(SendBack)
 
@@ -145,6 +146,7 @@ class Walk:
         handles = [handle for m in self.names for handle in self._note(m, m in layers)]
         try:
             graph = model.record(arguments).graph
+            self.graph = graph  # in PyTorch 2.6, a node of an autograd.Function tells nothing once its graph is gone
         finally:
             for handle in handles:
                 handle.remove()
@@ -258,7 +260,7 @@ class Walk:
         saved = self.saved[node]
         measures = "BatchNorm" in operation and getattr(node, "_saved_training", True)
         # Instance norm is PyTorch's batch norm of a batch that is part of the channels.
-        if measures and not isinstance(self.modules.get(within), nn.modules.instancenorm._InstanceNorm):
+        if measures and not isinstance(self.modules.get(within), _INSTANCE_NORMS):
             uses[_Use("minibatch", within or _spoken(operation))] = None
         if operation in _LINEAR or ("BatchNorm" in operation and not measures):
             is_square = [n for n, _ in node.next_functions].count(earlier) > 1

@@ -1,7 +1,7 @@
 """The command line: strings become objects here.
 
-May import: public names, solvers, transients, vertices, lab.architectures, lab.bench, lab.data, lab.engine,
-lab.figures, lab.graphs, lab.models, lab.records, lab.training.
+May import: public names, recording, solvers, transients, vertices, lab.architectures, lab.bench, lab.data,
+lab.defaults, lab.engine, lab.figures, lab.graphs, lab.models, lab.records, lab.training.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.table import Table
 from relaxprop import Frozen, NonFiniteStateError, __version__
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab import data, figures, graphs, records
+from relaxprop.lab import defaults as default_training
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, DataError, Dataset
 from relaxprop.lab.engine import run_all
@@ -32,6 +33,7 @@ from relaxprop.lab.figures import FigureName
 from relaxprop.lab.models import ModelError, ModelName, PapersModel
 from relaxprop.lab.records import EpochMetrics, Loss, OptimizerName, OutputError, Rule, RunConfig
 from relaxprop.lab.training import train as train_network
+from relaxprop.recording import InitialState
 from relaxprop.solvers import SOLVERS
 from relaxprop.transients import Order, check_step_size
 from relaxprop.vertices import Granularity
@@ -137,6 +139,9 @@ def train(
     vertices: Annotated[
         Granularity, typer.Option(help="What relaxes: outputs of activation modules, of all modules, all operations.")
     ] = "activations",
+    initial: Annotated[
+        InitialState, typer.Option(help="Where the states start: at the feedforward activities, or at zero.")
+    ] = "feedforward",
     seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
@@ -171,6 +176,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         vertices=vertices,
+        initial=initial,
         loss=loss,
         optimizer=optimizer,
         learning_rate=learning_rate,
@@ -411,6 +417,28 @@ def depth(
 
 
 @app.command()
+def defaults(
+    depth: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help=f"Hidden layers; repeat it for several. (default: {default_training.DEPTHS})"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    minibatches: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 100,
+    out: Annotated[Path, typer.Option(help="Folder for the table and the losses.")] = Path("figures/defaults"),
+) -> None:
+    """Train ordinary networks by the default settings, beside backpropagation and the paper's 100 steps of 0.1."""
+    records.check_writable(out)
+    chosen = list(default_training.settings(depth or default_training.DEPTHS))
+    with _kept("nothing was measured to the end"), _progress() as progress:
+        task = progress.add_task("runs", total=len(chosen) * seeds * len(default_training.RULES))
+        found = default_training.measure(
+            chosen, seeds=seeds, minibatches=minibatches, on_run=lambda: progress.advance(task)
+        )
+    _print_table("training loss after training", *default_training.table(found))
+    _print_paths(default_training.write(found, minibatches, out, _command()))
+
+
+@app.command()
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name in --runs, or the path of its folder.")],
     runs: RunsOption = Path("runs"),
@@ -518,6 +546,7 @@ def _run_config(
         "--drop-derivatives": values["dropped"],
         "--alignment-every": values["alignment_every"],
         "--vertices": values["vertices"] != "activations",
+        "--initial": values["initial"] != "feedforward",
     }
     for flag, given in given_flags.items():
         if values["rule"] == "backprop" and given:

@@ -115,7 +115,7 @@ def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) ->
     exact = [name for name in weights if all(c.measured[name].max() == 0 for c in curves)]
     drawn = [name for name in weights if name not in exact]
     for axes, curve in zip(panels, curves, strict=True):
-        steps = np.arange(curve.solver.num_steps + 1)
+        steps = np.arange(len(next(iter(curve.measured.values()))))
         dots = slice(None, None, max(1, len(steps) // 20))
         for i, name in enumerate(drawn):
             colour = COLOURS[i % len(COLOURS)]

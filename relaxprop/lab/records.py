@@ -9,7 +9,7 @@
 
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
 
-May import: feedback, public names, solvers, vertices, wrapper, lab.models.
+May import: feedback, public names, recording, solvers, vertices, wrapper, lab.models.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relaxprop import Frozen, Locality
+from relaxprop import PAPER, Frozen, Locality
 from relaxprop.feedback import FeedbackRule
 from relaxprop.lab.models import Dropped, ModelName, Part
+from relaxprop.recording import InitialState
 from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import Granularity
 from relaxprop.wrapper import check_together
 
+PAPERS_STEPS = {"step_size": PAPER.step_size, "num_steps": PAPER.num_steps}
 Rule = Literal["ar", "backprop"]
 Loss = Literal["squared-error", "cross-entropy"]
 OptimizerName = Literal["sgd", "adam"]
@@ -73,6 +75,7 @@ class RunConfig(BaseModel):
     solver: str = "closed-form"  # a name of `SOLVERS`
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
     vertices: Granularity = "activations"
+    initial: InitialState = "feedforward"
     frozen: Frozen = Frozen()
     feedback: dict[Part, FeedbackRule] = Field(default_factory=dict)  # by part of the network, as `models.build`
     dropped: dict[Part, Dropped] = Field(default_factory=dict)
@@ -105,6 +108,7 @@ class RunConfig(BaseModel):
                 "solver": "closed-form",
                 "solver_options": {},
                 "vertices": "activations",
+                "initial": "feedforward",
                 "frozen": Frozen(),
                 "feedback": {},
                 "dropped": {},
@@ -117,7 +121,9 @@ class RunConfig(BaseModel):
         if kind is None:
             *others, last = map(repr, SOLVERS)
             raise ValueError(f"solver must be {', '.join(others)} or {last}, got {name!r}")
-        solver = kind(**values.get("solver_options", {}))
+        given = values.get("solver_options", {})
+        papers = {name: value for name, value in PAPERS_STEPS.items() if name in kind.__dataclass_fields__}
+        solver = kind(**papers | given)
         check_together(solver, values.get("vertices", "activations"), frozen)
         parts = values.get("feedback", {})
         if isinstance(parts, dict):  # their order is that of the random draws
@@ -134,7 +140,7 @@ class RunConfig(BaseModel):
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
         added = (
             "feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every", "vertices", "loss",
-            "optimizer",
+            "optimizer", "initial",
         )  # fmt: skip
         fields = type(self).model_fields
         unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}

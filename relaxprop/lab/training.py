@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relaxprop import ActivationRelaxation, alignment, certificate, describe_locality, feedback_alignment
+from relaxprop import (
+    ActivationRelaxation,
+    UnconvergedWarning,
+    alignment,
+    certificate,
+    describe_locality,
+    feedback_alignment,
+)
 from relaxprop.lab import models
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.records import AlignmentSample, EpochMetrics, Loss, OptimizerName, Record, RunConfig
@@ -24,6 +33,15 @@ from relaxprop.lab.records import AlignmentSample, EpochMetrics, Loss, Optimizer
 OnEpoch = Callable[[EpochMetrics], None]
 
 
+@contextmanager
+def expected_transients() -> Iterator[None]:
+    """Within it, nobody is warned of relaxation phases that do not converge: the experiments' setting is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)
+        yield
+
+
+@expected_transients()
 def train(
     config: RunConfig,
     dataset: Dataset,
@@ -73,6 +91,7 @@ def train(
             model,
             solver=config.build_solver(),
             vertices=config.vertices,
+            initial=config.initial,
             frozen=config.frozen,
             check_finite=check_finite,
         )

@@ -85,6 +85,9 @@ def test_help_and_version() -> None:
         (("train", "--rule", "backprop", "--alignment-every", "9"), ("--alignment-every", "no effect", "backprop")),
         (("train", "--alignment-every", "-1"), ("'--alignment-every'", "greater than or equal to 0")),
         (("train", "--rule", "backprop", "--vertices", "operations"), ("--vertices", "no effect", "backprop")),
+        (("train", "--rule", "backprop", "--initial", "zero"), ("--initial", "no effect", "backprop")),
+        (("train", "--initial", "ones"), ("'--initial'", "feedforward", "zero")),
+        (("defaults", "--depth", "0"), ("'--depth'", "greater than or equal to 1")),
         (("train", "--loss", "hinge"), ("'--loss'", "squared-error", "cross-entropy")),
         (("train", "--unfreeze", "weights"), ("'--unfreeze'", "relaxation-derivative", "update-activity")),
         (("train", "--unfreeze", "input"), ("--unfreeze", "input=False has no effect")),
@@ -292,7 +295,7 @@ def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "peak KiB"):
         assert part in text
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert len(written["costs"]) == 4
+    assert len(written["costs"]) == 5
     assert len(written["ratios"]) == 5
     assert all(ratio["what"] in text for ratio in written["ratios"])
     assert written["environment"]["processor"]

@@ -449,3 +449,30 @@ def test_a_description_builds_its_solver() -> None:
 def test_a_wrong_description_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RunConfig.model_validate(options)
+
+
+def test_the_descriptions_of_kept_results_keep_their_ids() -> None:
+    """What is kept under results/ was run before later switches came in: they leave it its name and its steps."""
+    kept = {
+        id: config
+        for path in Path(__file__).parents[2].glob("results/**/summary.json")
+        for id, config in json.loads(path.read_text(encoding="utf-8"))["runs"].items()
+    }
+    assert kept
+    for id, config in kept.items():
+        described = RunConfig.model_validate(config)
+        assert described.id == id
+        assert (described.solver_options.get("num_steps") or "no steps") == (
+            config["solver_options"].get("num_steps") or "no steps"
+        )
+
+
+def test_the_lab_takes_the_papers_steps_where_none_are_given() -> None:
+    assert RunConfig().build_solver() == ClosedForm(0.1, 100)
+    unfrozen = RunConfig(solver="euler", frozen=Frozen(relaxation_derivative=False))
+    assert unfrozen.build_solver() == Euler(0.1, 100)
+
+
+def test_the_initial_state_is_part_of_the_description() -> None:
+    assert RunConfig(initial="zero").id != RunConfig().id
+    assert RunConfig(initial="feedforward").id == RunConfig().id
