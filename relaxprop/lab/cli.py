@@ -439,6 +439,17 @@ def defaults(
 
 
 @app.command()
+def take_over(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of records (runs.jsonl).")],
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Make run directories of kept records, without weights, so that finished runs are not computed again."""
+    for file in files:
+        taken = records.take_over(file, runs)
+        console.print(f"{file}: {len(taken)} runs taken over into {runs}", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def show(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name in --runs, or the path of its folder.")],
     runs: RunsOption = Path("runs"),

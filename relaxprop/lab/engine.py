@@ -5,22 +5,23 @@ May import: lab.data, lab.records, lab.training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from relaxprop.lab.data import Dataset
-from relaxprop.lab.records import EpochMetrics, RunConfig
+from relaxprop.lab.records import EpochMetrics, Record, RunConfig, environment
 from relaxprop.lab.training import train
 
 
 class FinishedRun(NamedTuple):
-    """A run and the metrics of its epochs."""
+    """A run, the metrics of its epochs, and where it was computed."""
 
     config: RunConfig
     metrics: list[EpochMetrics]
+    environment: Mapping[str, Any]
 
 
 def run_all(
@@ -50,6 +51,7 @@ def run_all(
 
         # A condition that diverges is a result like any other.
         metrics = train(config, dataset, root=root, device=device, check_finite=False, on_epoch=epoch_done)
-        finished.append(FinishedRun(config, metrics))
+        where = environment() if root is None else Record(config, root).environment()
+        finished.append(FinishedRun(config, metrics, where))
         on_epoch(config.epochs - len(computed))  # those that were finished before
     return finished

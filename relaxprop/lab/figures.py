@@ -32,9 +32,11 @@ from relaxprop.lab.records import (
     EpochMetrics,
     Rule,
     RunConfig,
+    RunLine,
     environment,
     markdown_table,
     write_atomically,
+    write_lines,
 )
 from relaxprop.lab.training import squared_error
 from relaxprop.transients import Order
@@ -355,10 +357,12 @@ def write_conditions(
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
+    lines = [RunLine.of(run.config, dict(run.environment), run.metrics) for run in runs]
+    write_lines(folder / "runs.jsonl", command, lines)
     curves = {_label(row): row.accuracies for row in rows}
     title = f"{experiment.title}\n{about}"
     figure = plots.learning_curves(curves, BASELINES[BASELINE].title, title, folder / "accuracy.png")
-    paths = [*(folder / name for name in files), figure]
+    paths = [*(folder / name for name in files), folder / "runs.jsonl", figure]
     if measured := alignment_curves(names, runs):
         paths += _write_alignment(
             {_label(row): measured[row.name] for row in rows if row.name in measured}, about, folder

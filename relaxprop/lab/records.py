@@ -7,6 +7,9 @@
                     metrics.jsonl          a line per epoch
                     checkpoint.safetensors the weights and the optimiser's state after the last epoch that is finished
 
+A run whose epochs are all there is finished, with or without its weights. So the records of many runs can be kept as
+one file, a line for each, without weights; `take_over` makes run directories of it again.
+
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
 
 May import: feedback, public names, recording, solvers, vertices, wrapper, lab.models.
@@ -200,16 +203,18 @@ class Record:
             raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
 
     def finished_epochs(self) -> list[EpochMetrics]:
-        """The metrics of the epochs whose weights are kept; none where there is no run yet.
+        """The metrics of the epochs that are done: all of a finished run, else those whose weights are kept.
 
         Raises:
             OutputError: the run is damaged.
         """
         metrics, weights = self.path / "metrics.jsonl", self.path / "checkpoint.safetensors"
         try:
-            if not metrics.exists() or not weights.exists():
+            if not metrics.exists():
                 return []
             lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
+            if not weights.exists():
+                return lines if len(lines) >= self.config.epochs else []
             return lines[: _checkpoint_epoch(weights)]
         except OSError as error:
             raise OutputError(f"cannot read the run in {self.path}: {error.strerror or error}") from error
@@ -218,6 +223,18 @@ class Record:
                 f"the run in {self.path} is damaged ({str(error).splitlines()[0]}): delete that folder to compute it "
                 "again"
             ) from error
+
+    def environment(self) -> dict[str, Any]:
+        """Where the run was computed.
+
+        Raises:
+            OutputError: it is not there.
+        """
+        try:
+            found: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise OutputError(f"the run in {self.path} is damaged: {error}") from error
+        return found
 
     def save_reports(self, locality: Locality | None, certificate: dict[str, float] | None) -> None:
         """Keeps what the run's updates read, and what its relaxation phase leaves of the initial state."""
@@ -244,8 +261,7 @@ class Record:
     def save(self, metrics: list[EpochMetrics], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Keeps a finished epoch."""
         try:
-            text = "".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in metrics)
-            write_atomically(self.path / "metrics.jsonl", text)
+            write_atomically(self.path / "metrics.jsonl", _metrics_lines(metrics))
             # Last: an epoch counts as finished only once its weights are there.
             partial = self.path / "checkpoint.safetensors.partial"
             state = optimizer.state_dict()["state"]
@@ -258,6 +274,68 @@ class Record:
             partial.replace(self.path / "checkpoint.safetensors")
         except OSError as error:
             raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
+
+
+class RunLine(BaseModel):
+    """A finished run as a line of a file of records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    id: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: tuple[EpochMetrics, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, environment: dict[str, Any], metrics: Sequence[EpochMetrics]) -> RunLine:
+        """The line of a run."""
+        described = config.model_dump(mode="json")
+        return cls(id=config.id, config=described, environment=environment, metrics=tuple(metrics))
+
+
+def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
+    """Writes a file of records: its first line says by which command they were made."""
+    head = json.dumps({"command": command, "runs": len(lines)})
+    texts = [head, *(line.model_dump_json(exclude_defaults=True) for line in lines)]
+    write_atomically(path, "".join(f"{text}\n" for text in texts))
+
+
+def take_over(path: Path, root: Path) -> list[str]:
+    """Makes run directories of a file of records; the ids of those that were not there yet.
+
+    Raises:
+        OutputError: a line is no finished run, its id is not that of its description, or nothing can be written.
+    """
+    try:
+        _, *texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise OutputError(f"{path} is no file of records: {error}") from error
+    taken = []
+    for number, text in enumerate(texts, 2):
+        try:
+            line = RunLine.model_validate_json(text)
+            config = RunConfig.model_validate(line.config)
+        except ValueError as error:
+            raise OutputError(f"{path}, line {number} is no run: {str(error).splitlines()[0]}") from error
+        if config.id != line.id:
+            raise OutputError(f"{path}, line {number}: the description's id is {config.id}, not {line.id}")
+        if [m.epoch for m in line.metrics] != list(range(1, config.epochs + 1)):
+            raise OutputError(f"{path}, line {number}: {line.id} has not all of its {config.epochs} epochs")
+        record = Record(config, root)
+        if len(record.finished_epochs()) >= config.epochs:
+            continue
+        if (record.path / "checkpoint.safetensors").exists():
+            raise OutputError(f"{record.path} holds an unfinished run with weights: name another folder by --runs")
+        check_writable(record.path)
+        write_atomically(record.path / "config.json", config.model_dump_json(indent=2) + "\n")
+        write_atomically(record.path / "environment.json", json.dumps(line.environment, indent=2) + "\n")
+        write_atomically(record.path / "metrics.jsonl", _metrics_lines(line.metrics))
+        taken.append(line.id)
+    return taken
+
+
+def _metrics_lines(metrics: Sequence[EpochMetrics]) -> str:
+    return "".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in metrics)
 
 
 class KeptRun(NamedTuple):

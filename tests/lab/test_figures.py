@@ -79,6 +79,7 @@ def runs() -> list[FinishedRun]:
                 EpochMetrics(epoch=epoch, train_loss=1, test_accuracy=a, seconds=seconds[name])
                 for epoch, a in enumerate(accuracies[name][i // 3], 1)
             ],
+            {"torch": "2.13.0"},
         )
         for i, name in enumerate(NAMES)
     ]
@@ -201,7 +202,7 @@ def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
             )
             for m in run.metrics
         ]
-        return FinishedRun(run.config, metrics)
+        return FinishedRun(run.config, metrics, run.environment)
 
     with_alignment = [measured(run, 0.02 * (i // 3)) for i, run in enumerate(runs())]
     curves = figures.alignment_curves(NAMES, with_alignment)
