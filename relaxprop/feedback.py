@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 
 from relaxprop.variants import Variant, first_tensor, plain_class, switch_off
 from relaxprop.vertices import find_layers
@@ -125,7 +126,7 @@ def _check(module: nn.Module, skipped: set[nn.Module]) -> None:
     """
     layers = set(find_layers(module))
     for name, part in module.named_modules():
-        if part in skipped or not (part in layers or isinstance(part, nn.MultiheadAttention)):
+        if part in skipped or part not in layers:
             continue
         reason = _why_not(part)
         if reason:
@@ -143,7 +144,8 @@ def _why_not(module: nn.Module) -> str | None:
         return "MultiheadAttention reads its layers' weights without calling the layers"
     synapses, kind = _synapses(module), _kind(module)
     if synapses is None or kind is None:
-        if isinstance(module, NEED_NONE):
+        has_any = is_parametrized(module) or any(p is not None for p in module._parameters.values())
+        if not has_any or isinstance(module, NEED_NONE):
             return None
         return f"{base.__name__} has parameters of its own, and no backwards weights are known for it"
     if base.forward is not kind.forward:

@@ -65,6 +65,9 @@ class Relaxation:
             tolerance, whether the tolerance was reached; None where neither is known.
         residuals: by vertex name, ``‖A x + s − x‖ / ‖A x + s‖`` in the final state; None unless asked for with
             ``ActivationRelaxation(…, measure_residual=True)``.
+        unrelaxed: what did not relax: vertices that the model did not call, scripted parts that are no vertices, and
+            operations that no vertex stands for and that are not linear in each tensor that they read; None unless
+            asked for with ``ActivationRelaxation(…, report_unrelaxed=True)``.
     """
 
     vertices: int | None
@@ -74,6 +77,7 @@ class Relaxation:
     remaining: float | None
     converged: bool | None
     residuals: Mapping[str, float] | None = None
+    unrelaxed: tuple[str, ...] | None = None
 
     @property
     def residual(self) -> float | None:

@@ -55,6 +55,7 @@ class Settings:
     output: OutputRule = "clamped"
     check_finite: bool = True
     measure_residual: bool = False
+    report_unrelaxed: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
@@ -63,7 +64,7 @@ class Settings:
             raise TypeError(f"frozen must be a Frozen(…), got {_shown(self.frozen)}")
         if self.output not in get_args(OutputRule):
             raise ValueError(f"output must be 'clamped' or 'relaxed', got {self.output!r}")
-        for name in ("check_finite", "measure_residual"):
+        for name in ("check_finite", "measure_residual", "report_unrelaxed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         # An iterator would be used up, and a ModuleList can be changed.
@@ -134,6 +135,8 @@ class ActivationRelaxation(nn.Module):
             gradient scaler for float16 expects.
         measure_residual: measure, at the price of one more product with A, how far the final states are from
             equilibrium (``last_relaxation.residuals``).
+        report_unrelaxed: look in every pass for what does not relax (``last_relaxation.unrelaxed``): an ``F.relu``
+            beside activation modules, a vertex that the model does not call.
 
     Attributes:
         last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
@@ -158,9 +161,11 @@ class ActivationRelaxation(nn.Module):
     output: OutputRule
     check_finite: bool
     measure_residual: bool
+    report_unrelaxed: bool
 
     settings: Settings
     _writes: Writes
+    _looked: bool  # whether a pass of these settings has been looked at for vertices that are missing
 
     def __init__(
         self,
@@ -172,6 +177,7 @@ class ActivationRelaxation(nn.Module):
         output: OutputRule = "clamped",
         check_finite: bool = True,
         measure_residual: bool = False,
+        report_unrelaxed: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -181,13 +187,13 @@ class ActivationRelaxation(nn.Module):
         self.module = module
         self.last_relaxation: Relaxation | None = None
         self._warned = False
-        self._configure(Settings(solver, vertices, frozen, output, check_finite, measure_residual))
+        self._configure(Settings(solver, vertices, frozen, output, check_finite, measure_residual, report_unrelaxed))
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def _configure(self, settings: Settings) -> None:
         find_vertices(self.module, settings.vertices)
         # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
-        vars(self).update(settings=settings, _writes=Writes())
+        vars(self).update(settings=settings, _writes=Writes(), _looked=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked whole whenever one is set, and hold from the next pass on."""
@@ -211,17 +217,16 @@ class ActivationRelaxation(nn.Module):
         if isinstance(settings.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)
-        if recording.uncalled:
-            warnings.warn(
-                f"none of the vertices ({', '.join(recording.uncalled[:3])}, …) was called in the forward pass, "
-                "so nothing relaxes and this is backpropagation: does the model call functions in their place? Pass "
-                "vertices='modules' or the submodules whose outputs should relax",
-                stacklevel=4,
-            )
         if not recording.graph.outputs:
             return recording.result
+        if not self._looked:
+            vars(self)["_looked"] = True
+            if message := _missing(recording, settings.vertices):
+                warnings.warn(message, stacklevel=4)
+        report = settings.report_unrelaxed
+        relaxed = partial(self._relaxed, unrelaxed=recording.unrelaxed) if report else self._relaxed
         outputs = iter(
-            RelaxationPhase.apply(recording.update, settings.solver, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+            RelaxationPhase.apply(recording.update, settings.solver, relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
@@ -236,15 +241,20 @@ class ActivationRelaxation(nn.Module):
             output=settings.output,
             frozen=settings.frozen,
             writes=self._writes,
+            report_unrelaxed=settings.report_unrelaxed,
         )
 
-    def _relaxed(self, graph: Graph, states: States, relaxation: Relaxation) -> None:
+    def _relaxed(
+        self, graph: Graph, states: States, relaxation: Relaxation, unrelaxed: tuple[str, ...] | None = None
+    ) -> None:
         """What follows a relaxation phase, before the weight update."""
         settings = self.settings
         if settings.check_finite:
             check_finite(graph, states, settings.solver)
         if settings.measure_residual:
             relaxation = replace(relaxation, residuals=_residuals(graph, states))
+        if unrelaxed is not None:
+            relaxation = replace(relaxation, unrelaxed=unrelaxed)
         self._keep_record(relaxation)
         remaining = relaxation.remaining
         if settings.solver is DEFAULT and remaining is not None and remaining > UNCONVERGED and not self._warned:
@@ -263,7 +273,7 @@ class ActivationRelaxation(nn.Module):
     def _is_reverse_mode(self) -> bool:
         """Whether the gradients at equilibrium are those of one reverse sweep."""
         settings = self.settings
-        if settings.frozen != ALL_FROZEN or settings.measure_residual:
+        if settings.frozen != ALL_FROZEN or settings.measure_residual or settings.report_unrelaxed:
             return False
         return not differs_by_phase(named_parts(self.module))
 
@@ -316,6 +326,31 @@ def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
     """Where the wrapper is a part of a larger model, that model's loading looks for its child's full name."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _missing(recording: Recording, vertices: Granularity | Iterable[nn.Module]) -> str | None:
+    """What to tell of vertices that were expected of a pass, if any is missing."""
+    if are_operations(vertices):
+        if recording.called or not recording.unrelaxed:
+            return None
+        return (
+            "vertices='operations' finds no operation in the forward pass, so nothing relaxes and this is "
+            f"backpropagation: PyTorch announces nothing of what happens in {', '.join(recording.unrelaxed)}; pass "
+            "vertices='modules', or call these parts as plain Python, neither scripted nor within an autograd.Function"
+        )
+    names = recording.uncalled
+    if not recording.called:
+        return (
+            f"none of the vertices ({', '.join(names[:3])}, …) was called in the forward pass, so nothing relaxes and "
+            "this is backpropagation: does the model call functions in their place? Pass vertices='modules' or the "
+            "submodules whose outputs should relax"
+        )
+    if isinstance(vertices, str) or not names:
+        return None
+    return (
+        f"the model did not call {', '.join(names)} in the forward pass, so no vertex relaxes there: does it call a "
+        "function, or the module's forward, in its place? Leave it out of vertices, or let the model call the module"
+    )
 
 
 def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
