@@ -4,7 +4,7 @@ A forward hook on each vertex's module, or a function mode that sees every opera
 there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
 where something is not frozen the model is run again with the stand-ins set to the states.
 
-May import: derivatives, graph, nested, operations, vertices, _pytorch.
+May import: derivatives, graph, nested, operations, unrelaxed, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.nested import map_tensors, tensors_requiring_grad
 from relaxprop.operations import EachOperation
+from relaxprop.unrelaxed import inside
 from relaxprop.vertices import Hooked
 
 _NOTHING = nullcontext()
@@ -38,6 +39,7 @@ class Cut(NamedTuple):
         inputs: whether the model's inputs are.
         layers: the modules whose outputs are noted.
         reruns: whether the model may be run again at other activities.
+        reports: whether it is noted what is computed within the modules that are vertices.
     """
 
     modules: Mapping[nn.Module, str]
@@ -46,6 +48,7 @@ class Cut(NamedTuple):
     inputs: bool = False
     layers: Sequence[nn.Module] = ()
     reruns: bool = False
+    reports: bool = False
 
 
 @dataclass
@@ -125,6 +128,8 @@ class Run:
     Attributes:
         vertices: in the order in which they were computed.
         outputs: the tensors of the result that require grad.
+        calls: how often each vertex's module, or each operation, was called.
+        within: the operations within the modules that are vertices, where the cut reports.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class Run:
         self.noted: list[HandedOn] = []
         self.switches: list[Node] = []
         self.calls: dict[str, int] = {}
+        self.within: set[Node] = set()
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
 
@@ -209,6 +215,8 @@ class Run:
         return origin if call == 1 else f"{origin}#{call}"
 
     def _cut_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.cut.reports:
+            self.within |= inside(args, output)
         origin = self.cut.modules[module]
         name = self._called(origin)
         if isinstance(output, Tensor):

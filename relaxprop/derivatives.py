@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop.variants import Variant, switch_off
+from relaxprop.variants import Variant, first_tensor, plain_class, switch_off
 from relaxprop.vertices import is_activation
 
 M = TypeVar("M", bound=nn.Module)
 
-# Their Jacobian is no f' of each element, or they have parameters that only it reaches.
-_REFUSED = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.PReLU, nn.RReLU)
+# Their Jacobian is no f' of each element, or drawn anew in every pass.
+_NOT_ELEMENTWISE = (nn.Softmax, nn.Softmin, nn.Softmax2d, nn.LogSoftmax, nn.GLU, nn.RReLU)
 
 
 # Within a recorded pass: where its activations list their nodes that differ between (1) and (2).
@@ -61,7 +61,8 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
 
     Raises:
         TypeError: ``module`` is no module, or an option no bool.
-        ValueError: no activation module in ``module``, or one that is not elementwise or has parameters.
+        ValueError: no activation module in ``module``, or one that is not elementwise or has parameters or layers
+            of its own, whose gradients would be lost with f'. Nothing has changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -71,15 +72,27 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
     activations = {name: m for name, m in module.named_modules() if is_activation(m)}
     if not activations:
         raise ValueError(f"module has no activation module: {type(module).__name__} has no derivative to drop")
-    for name, activation in activations.items():
-        if isinstance(activation, _REFUSED):
-            raise ValueError(
-                f"module {name or type(activation).__name__!r}: {type(activation).__name__} is not an elementwise "
-                "function without parameters, so f' → 1 means nothing for it; apply drop_derivatives to the other parts"
-            )
+    if relaxation or update:
+        for name, activation in activations.items():
+            reason = _why_not(activation)
+            if reason:
+                raise ValueError(
+                    f"module {name or type(activation).__name__!r}: {reason}; apply drop_derivatives to the other parts"
+                )
     for activation in activations.values():
         _set_dropped(activation, relaxation, update)
     return module
+
+
+def _why_not(activation: nn.Module) -> str | None:
+    """Why f' → 1 means nothing for an activation, if so."""
+    name = plain_class(activation).__name__
+    if isinstance(activation, _NOT_ELEMENTWISE):
+        return f"{name} is not an elementwise function, so f' → 1 means nothing for it"
+    # What PyTorch keeps a parametrized tensor's makings in is no layer of the activation's own.
+    if any(True for _ in activation.parameters()) or activation._modules.keys() - {"parametrizations"}:
+        return f"{name} has parameters or layers of its own, whose gradients would be lost with f'"
+    return None
 
 
 def _set_dropped(activation: Any, relaxation: bool, update: bool) -> None:
@@ -99,7 +112,8 @@ class _Dropped(Variant):
     dropped_in_relaxation: bool
     dropped_in_update: bool
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        h, more, named = first_tensor(args, kwargs)
         switches = recorded_switches.get()
         differs = self.dropped_in_relaxation != self.dropped_in_update
         if differs and switches is None and torch.is_grad_enabled() and h.requires_grad:
@@ -111,7 +125,7 @@ class _Dropped(Variant):
         argument = h.clone() if getattr(self, "inplace", False) else h
         if not differs:
             argument = argument.detach()
-        y: Tensor = super().forward(argument)
+        y: Tensor = super().forward(argument, *more, **named)
         if not (h.requires_grad and torch.is_grad_enabled()):
             return y
         through: Tensor = EitherWay.apply(h, y, self.dropped_in_relaxation, self.dropped_in_update)  # type: ignore[no-untyped-call]

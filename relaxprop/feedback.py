@@ -11,26 +11,33 @@ gradient and nothing else, and then passes u through an identity whose backward 
     random       fixed, of a random start of its own (feedback alignment)        no
     sign         sign(W) · mean |W|                                              follows W
 
+A frozen W (``requires_grad=False``) has no gradient to share, so its ψ stays fixed as well.
+
 Under ``learned``, ψ and W get the same gradient, so with plain gradient descent ``W − ψ`` stays as it is; with weight
 decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994).
-What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there.
+What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there. What
+has parameters but is neither there nor among `NEED_NONE` is refused by name, since its error would go back through its
+weights unnoticed.
 Source: Millidge et al., arXiv 2010.06219, equation (3); the authors' text writes ψ for the transposed matrix, here ψ
 has the shape of W.
 
-May import: variants.
+May import: variants, vertices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
 
-from relaxprop.variants import Variant, plain_class, switch_off
+from relaxprop.variants import Variant, first_tensor, plain_class, switch_off
+from relaxprop.vertices import find_layers
 
 FeedbackRule = Literal["learned", "random", "sign", "symmetric"]
 RULES: tuple[FeedbackRule, ...] = get_args(FeedbackRule)
@@ -42,61 +49,106 @@ class Synapses(NamedTuple):
     """What a kind of layer computes with any weight of W's shape, and how it sends an error back.
 
     Attributes:
-        forward: ``u = W x + b``, called with the layer, x and W.
+        forward: ``u = W x + b``, called with the layer, x, W, and what else the layer is called with.
         adjoint: ``B^T g``, called with the layer, B, g and the shape of x.
         why_not: why a layer of this kind cannot have backwards weights, if so.
     """
 
-    forward: Callable[[Any, Tensor, Tensor], Tensor]
+    forward: Callable[..., Tensor]
     adjoint: Callable[[Any, Tensor, Tensor, torch.Size], Tensor]
     why_not: Callable[[Any], str | None] = lambda layer: None
 
 
-def use_feedback(module: M, rule: FeedbackRule = "learned") -> M:
-    """Gives every synaptic layer in ``module`` (Linear, Conv1d/2d/3d: those of `LAYERS`) backwards weights, in place.
+def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn.Module | type[nn.Module]] = ()) -> M:
+    """Gives every synaptic layer in ``module`` backwards weights, in place.
+
+    These are Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d and the Conv1D of Hugging Face, as in GPT-2 (`LAYERS`). Norms
+    and embeddings (`NEED_NONE`) send no error through a weight matrix, and stay as they are.
 
     Call it before the optimiser is made: learned backwards weights are parameters (``feedback``, of the weight's
-    shape), fixed ones are buffers. Both start at N(0, s²), s the standard deviation of the layer's weights, drawn from
-    PyTorch's generator. ``print(module)`` shows the rule.
+    shape), fixed ones are buffers, and so are those of a layer whose weight does not require grad. All start at
+    N(0, s²), s the standard deviation of the layer's weights (their root mean square where they are all equal,
+    1/√(inputs) where they are all zero), drawn from PyTorch's generator. ``print(module)`` shows the rule.
 
     Args:
         module: a module, or any part of one: ``use_feedback(net.convolutional)``.
         rule: "learned", "random", "sign", or "symmetric", which undoes the others.
+        skip: submodules, or classes of submodules, that are left as they are, with all that is in them: they go on
+            transporting their errors by their own weights.
 
     Returns:
         The module itself.
 
     Raises:
-        TypeError: ``module`` is no module.
-        ValueError: an unknown rule; no such layer in ``module``; or a layer for which it would not be right.
+        TypeError: ``module`` is no module, or ``skip`` no iterable of modules and classes.
+        ValueError: an unknown rule; no such layer in ``module``; a module to skip that is not part of it; or a part
+            with parameters of its own for which no backwards weights are known, or they would not be right. Nothing
+            has changed then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    layers = {name: m for name, m in module.named_modules() if _synapses(m) is not None}
+    skipped = _skipped(module, skip)
+    layers = [m for m in module.modules() if m not in skipped and _synapses(m) is not None]
+    if rule != "symmetric":
+        _check(module, skipped)
     if not layers:
         raise ValueError(f"module has no {_kinds()} layer: {type(module).__name__} needs no backwards weights")
-    for name, submodule in module.named_modules():
-        reason = _why_not(submodule)
-        if reason:
-            raise ValueError(
-                f"module {name or type(module).__name__!r}: {reason}; apply use_feedback to the other parts"
-            )
-    for layer in layers.values():
+    for layer in layers:
         _set_rule(layer, rule)
     return module
 
 
+def _skipped(module: nn.Module, skip: Any) -> set[nn.Module]:
+    """The modules to leave as they are, with all that is in them."""
+    must = "skip must be an iterable of the module's submodules or of classes of modules"
+    if not isinstance(skip, Iterable) or isinstance(skip, str | nn.Module | type):
+        raise TypeError(f"{must}, got {getattr(skip, '__name__', repr(skip))}")
+    parts, roots = set(module.modules()), set[nn.Module]()
+    for entry in skip:
+        if isinstance(entry, nn.Module):
+            if entry not in parts:
+                raise ValueError(f"{must}, got a {type(entry).__name__} that is not part of {type(module).__name__}")
+            roots.add(entry)
+        elif isinstance(entry, type) and issubclass(entry, nn.Module):
+            roots |= {m for m in parts if isinstance(m, entry)}
+        else:
+            raise TypeError(f"{must}, got {entry!r} in it")
+    return {part for root in roots for part in root.modules()}
+
+
+def _check(module: nn.Module, skipped: set[nn.Module]) -> None:
+    """Refuse what has weights but cannot have backwards weights.
+
+    Raises:
+        ValueError: if there is such a part.
+    """
+    layers = set(find_layers(module))
+    for name, part in module.named_modules():
+        if part in skipped or part not in layers:
+            continue
+        reason = _why_not(part)
+        if reason:
+            kind = plain_class(part).__name__
+            raise ValueError(
+                f"module {name or type(module).__name__!r}: {reason}; pass skip=({kind},) or skip=(the module,) to "
+                "leave it as it is, with all that is in it, or apply use_feedback to the other parts"
+            )
+
+
 def _why_not(module: nn.Module) -> str | None:
-    """Why backwards weights would not be right for a module, if so."""
+    """Why backwards weights would not be right for a module with parameters of its own, if so."""
+    base = plain_class(module)
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention reads its layers' weights without calling the layers"
-    synapses = _synapses(module)
-    if synapses is None:
-        return None
-    base = plain_class(module)
-    if not any(base.forward is kind.forward for kind in LAYERS):
+    synapses, kind = _synapses(module), _kind(module)
+    if synapses is None or kind is None:
+        has_any = is_parametrized(module) or any(p is not None for p in module._parameters.values())
+        if not has_any or isinstance(module, NEED_NONE):
+            return None
+        return f"{base.__name__} has parameters of its own, and no backwards weights are known for it"
+    if base.forward is not kind.forward:
         return f"{base.__name__} has a forward pass of its own"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"{base.__name__} has no weights before its first forward pass"
@@ -113,12 +165,25 @@ def _set_rule(layer: Any, rule: FeedbackRule) -> None:
     _Feedback.switch_on(layer)
     layer.feedback_rule = rule
     if rule in ("learned", "random"):
-        weight = layer.weight.detach()
-        start = torch.randn_like(weight) * weight.std()
-        if rule == "learned":
+        with torch.enable_grad():  # else a parametrized weight does not say whether it is trained
+            weight: Tensor = layer.weight
+        start = _start(weight.detach())
+        if rule == "learned" and weight.requires_grad:
             layer.register_parameter("feedback", nn.Parameter(start))
         else:
             layer.register_buffer("feedback", start)
+
+
+def _start(weight: Tensor) -> Tensor:
+    """Backwards weights of the weights' size, and never zero: nothing could pass through them, nor be learned."""
+    number = torch.finfo(weight.dtype)
+    start = torch.randn_like(weight)
+    rms = float(weight.norm()) / math.sqrt(max(weight.numel(), 1))
+    deviation = weight.std() if weight.numel() > 1 else weight.new_zeros(())
+    # The deviation of equal numbers may be what rounding leaves of it.
+    if math.isfinite(deviation) and deviation > number.eps * rms > 0:
+        return start * deviation
+    return start * (rms if number.tiny < rms < math.inf else 1 / math.sqrt(max(weight[:1].numel(), 1)))
 
 
 class _Feedback(Variant):
@@ -130,23 +195,28 @@ class _Feedback(Variant):
     feedback: Tensor
     feedback_rule: FeedbackRule
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x, more, named = first_tensor(args, kwargs)
+        W = self.weight  # read once: a parametrization computes it, and spectral norm iterates with it
         learned = self.feedback_rule == "learned"
-        weight = _SharedGradient.apply(self.weight, self.feedback) if learned else self.weight  # type: ignore[no-untyped-call]
+        weight = _SharedGradient.apply(W, self.feedback) if learned else W  # type: ignore[no-untyped-call]
         synapses = _synapses(self)
         assert synapses is not None
-        u = synapses.forward(self, x.detach(), weight)
+        u = synapses.forward(self, x.detach(), weight, *more, **named)
         if not x.requires_grad or not torch.is_grad_enabled():
             return u
-        sent: Tensor = SendBack.apply(u, x, self, synapses.adjoint)  # type: ignore[no-untyped-call]
+        sent: Tensor = SendBack.apply(u, x, self, self._backwards_weight(W), synapses.adjoint)  # type: ignore[no-untyped-call]
         return sent
 
     def backwards_weight(self) -> Tensor:
         """B, of the shape of W."""
+        return self._backwards_weight(self.weight)
+
+    def _backwards_weight(self, weight: Tensor) -> Tensor:
         if self.feedback_rule == "symmetric":
-            return self.weight.detach()
+            return weight.detach()
         if self.feedback_rule == "sign":
-            w = self.weight.detach()
+            w = weight.detach()
             return w.sign() * w.abs().mean()
         return self.feedback.detach()
 
@@ -171,16 +241,16 @@ class SendBack(torch.autograd.Function):
     """Identity of u; its backward passes the error on to u and sends ``B^T g`` to the layer's input x."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, x: Tensor, layer: _Feedback, adjoint: Any) -> Tensor:
-        ctx.save_for_backward(layer.backwards_weight())
+    def forward(ctx: Any, u: Tensor, x: Tensor, layer: _Feedback, backwards_weight: Tensor, adjoint: Any) -> Tensor:
+        ctx.save_for_backward(backwards_weight)
         ctx.layer, ctx.adjoint, ctx.shape = layer, adjoint, x.shape
         return u.view_as(u)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (backwards_weight,) = ctx.saved_tensors
         sent = ctx.adjoint(ctx.layer, backwards_weight.to(gradient.dtype), gradient, ctx.shape)
-        return gradient, sent, None, None
+        return gradient, sent, None, None, None
 
 
 def _linear(layer: nn.Linear, x: Tensor, weight: Tensor) -> Tensor:
@@ -231,22 +301,94 @@ def _why_not_convolution(layer: Any) -> str | None:
     return None
 
 
+def _transposed(
+    layer: Any, x: Tensor, weight: Tensor, output_size: list[int] | tuple[int, ...] | None = None
+) -> Tensor:
+    dimensions = weight.dim() - 2
+    more = layer.output_padding
+    if output_size is not None:
+        # By how much the size that is asked for exceeds the least.
+        places = (layer.stride, layer.padding, layer.dilation, layer.kernel_size)
+        least = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(x.shape[-dimensions:], *places, strict=True)
+        ]
+        more = [size - n for size, n in zip(output_size[-dimensions:], least, strict=True)]
+    convolve: Any = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[
+        dimensions - 1
+    ]
+    u: Tensor = convolve(x, weight, layer.bias, layer.stride, layer.padding, more, layer.groups, layer.dilation)
+    return u
+
+
+def _transposed_adjoint(layer: Any, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    dimensions = weight.dim() - 2
+    convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[dimensions - 1]
+    sent: Tensor = convolve(gradient, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    # An output padding of a stride or more (which a dilation allows) leaves places that no input reaches.
+    for dimension in range(-dimensions, 0):
+        sent = sent.narrow(dimension, 0, shape[dimension])
+    return sent
+
+
+def _conv1d_of_transformers(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x, weight.T, layer.bias)
+
+
+def _conv1d_of_transformers_adjoint(layer: Any, weight: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    return gradient @ weight.T
+
+
 _CONVOLUTION = Synapses(_convolution, _convolution_adjoint, _why_not_convolution)
-LAYERS: dict[type[nn.Module], Synapses] = {
+_TRANSPOSED = Synapses(_transposed, _transposed_adjoint)
+
+# By class, or by the full name of a class of another library, which is not imported for it.
+LAYERS: dict[type[nn.Module] | str, Synapses] = {
     nn.Linear: Synapses(_linear, _linear_adjoint),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
+    "transformers.pytorch_utils.Conv1D": Synapses(_conv1d_of_transformers, _conv1d_of_transformers_adjoint),
 }
+
+# Elementwise gains and look-ups: an error passes no weight matrix there.
+NEED_NONE: tuple[type[nn.Module], ...] = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.PReLU,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The module's class, or the nearest one that it derives from, that has an entry."""
+    kinds = type(module).__mro__
+    known = next((kind for kind in kinds if kind in LAYERS), None)  # nearly always, and without making up names
+    return known or next((kind for kind in kinds if _full_name(kind) in LAYERS), None)
 
 
 def _synapses(module: nn.Module) -> Synapses | None:
-    """The entry of the module's class, or of the nearest one that it derives from."""
-    return next((LAYERS[kind] for kind in type(module).__mro__ if kind in LAYERS), None)
+    kind = _kind(module)
+    return None if kind is None else LAYERS.get(kind) or LAYERS[_full_name(kind)]
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _kinds() -> str:
-    return " or ".join(kind.__name__ for kind in LAYERS)
+    return " or ".join(kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__ for kind in LAYERS)
 
 
 def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tensor]]:

@@ -1,6 +1,6 @@
 """Records a model's feedforward pass: a `Graph` cut at the vertices, and what equation (2) takes from it.
 
-May import: cutting, frozen, graph, nested, rerun, update, vertices.
+May import: cutting, frozen, graph, nested, rerun, unrelaxed, update, vertices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
 from relaxprop.nested import tensors_requiring_grad
 from relaxprop.rerun import Rerun
+from relaxprop.unrelaxed import operations, scripted
 from relaxprop.update import Update
 from relaxprop.vertices import Granularity, are_operations, choose_vertices, find_layers, named_parts
 
@@ -33,7 +34,10 @@ class Recording(NamedTuple):
         given: the tensors that a gradient is wanted for, as the user knows them: inputs, then parameters.
         shown: the tensors in the result that require grad, one for each output of the graph: what the user gets, where
             a write that PyTorch does not count (``x.data``) makes it differ from x̄.
-        uncalled: the names of the vertices' modules, where none of them was called though there is a graph.
+        called: whether any vertex's module, or any operation that is a vertex, was called.
+        uncalled: the names of the vertices' modules that were not.
+        unrelaxed: these, and the names of scripted parts and nonlinear operations that no vertex stands for; only where
+            it is asked for, or where every operation should be a vertex and none is.
     """
 
     graph: Graph
@@ -41,7 +45,9 @@ class Recording(NamedTuple):
     result: Any
     given: list[Tensor]
     shown: list[Tensor]
-    uncalled: list[str]
+    called: bool
+    uncalled: Sequence[str]
+    unrelaxed: tuple[str, ...] | None
 
 
 def record(
@@ -54,6 +60,7 @@ def record(
     output: OutputRule = "clamped",
     frozen: Frozen = ALL_FROZEN,
     writes: Writes | None = None,
+    report_unrelaxed: bool = False,
 ) -> Recording:
     """One forward pass, to be called with gradients enabled.
 
@@ -66,6 +73,7 @@ def record(
         output: "clamped" holds the output at ∂L/∂x^L, "relaxed" makes it one more vertex.
         frozen: what the relaxation phase and the update take from this pass, and what from another at the states.
         writes: what earlier passes have shown of the model; this pass adds to it.
+        report_unrelaxed: whether to look for what did not relax.
 
     Raises:
         TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
@@ -83,6 +91,7 @@ def record(
         inputs=not frozen.input,
         layers=find_layers(module) if frozen.splits_update else (),
         reruns=runs_again,
+        reports=report_unrelaxed,
     )
     arguments = Arguments(args, kwargs, relax=cut.inputs)
     rerun = Rerun(module, arguments, cut, writes, (args, kwargs)) if runs_again else None
@@ -105,14 +114,25 @@ def record(
     trained = {key: tensor for key, tensor in graph.read.items() if key not in stand_ins}
     _check_trained(module, parts, trained)
     parameters = list(trained.values())
+    modules = cut.modules
+    uncalled = [name for name in modules.values() if name not in run.calls] if len(run.calls) < len(modules) else []
+    looks = report_unrelaxed or (cut.operations and not run.calls)
     return Recording(
         graph,
         Update(graph, frozen, [stand_in for _, stand_in in inputs], parameters, rerun),
         result,
         given=[given for given, _ in inputs] + parameters,
         shown=tensors_requiring_grad(result),
-        uncalled=list(cut.modules.values()) if run.outputs and not (run.calls or cut.operations) else [],
+        called=bool(run.calls),
+        uncalled=uncalled,
+        unrelaxed=(*uncalled, *scripted(parts, modules), *_operations(run)) if looks else None,
     )
+
+
+def _operations(run: Run) -> list[str]:
+    """The nonlinear operations of a run that no vertex stands for."""
+    cut = [v.output for v in run.vertices]
+    return operations([*run.outputs, *cut], run.within | {x.grad_fn for x in cut})
 
 
 def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mapping[int, Tensor]) -> None:

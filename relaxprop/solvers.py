@@ -72,6 +72,9 @@ class Relaxation:
         states: by vertex name, in the order of the feedforward pass, the final state, of its activity's shape; None
             unless asked for with
             ``ActivationRelaxation(…, keep_states=True)``.
+        unrelaxed: what did not relax: vertices that the model did not call, scripted parts that are no vertices, and
+            operations that no vertex stands for and that are not linear in each tensor that they read; None unless
+            asked for with ``ActivationRelaxation(…, report_unrelaxed=True)``.
     """
 
     vertices: int | None
@@ -82,6 +85,7 @@ class Relaxation:
     converged: bool | None
     residuals: Mapping[str, float] | None = None
     states: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    unrelaxed: tuple[str, ...] | None = None
 
     @property
     def residual(self) -> float | None:

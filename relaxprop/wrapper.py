@@ -11,7 +11,7 @@ unconverged, vertices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -55,6 +55,7 @@ class Settings:
     check_finite: bool = True
     measure_residual: bool = False
     keep_states: bool = False
+    report_unrelaxed: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
@@ -65,7 +66,7 @@ class Settings:
             raise ValueError(f"initial must be 'feedforward' or 'zero', got {self.initial!r}")
         if self.output not in get_args(OutputRule):
             raise ValueError(f"output must be 'clamped' or 'relaxed', got {self.output!r}")
-        for name in ("check_finite", "measure_residual", "keep_states"):
+        for name in ("check_finite", "measure_residual", "keep_states", "report_unrelaxed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         # An iterator would be used up, and a ModuleList can be changed.
@@ -142,6 +143,8 @@ class ActivationRelaxation(nn.Module):
         measure_residual: measure, at the price of one more product with A, how far the final states are from
             equilibrium (``last_relaxation.residuals``).
         keep_states: keep the final states (``last_relaxation.states``), for plots and for rules of your own.
+        report_unrelaxed: look in every pass for what does not relax (``last_relaxation.unrelaxed``): an ``F.relu``
+            beside activation modules, a vertex that the model does not call.
 
     Attributes:
         last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
@@ -168,10 +171,12 @@ class ActivationRelaxation(nn.Module):
     check_finite: bool
     measure_residual: bool
     keep_states: bool
+    report_unrelaxed: bool
 
     settings: Settings
     _writes: Writes
-    _told: bool
+    _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
+    _measured: bool  # likewise a relaxation phase
 
     def __init__(
         self,
@@ -185,6 +190,7 @@ class ActivationRelaxation(nn.Module):
         check_finite: bool = True,
         measure_residual: bool = False,
         keep_states: bool = False,
+        report_unrelaxed: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -194,7 +200,9 @@ class ActivationRelaxation(nn.Module):
         self.module = module
         self.last_relaxation: Relaxation | None = None
         self._configure(
-            Settings(solver, vertices, frozen, initial, output, check_finite, measure_residual, keep_states)
+            Settings(
+                solver, vertices, frozen, initial, output, check_finite, measure_residual, keep_states, report_unrelaxed
+            )
         )
         self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
@@ -229,12 +237,15 @@ class ActivationRelaxation(nn.Module):
         if settings.solver.is_limit and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)
-        if recording.uncalled:
-            _warn_of_uncalled(recording.uncalled)
         if not recording.graph.outputs:
             return recording.result
+        if not self._told:
+            vars(self)["_told"] = True
+            _tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
+        report = settings.report_unrelaxed
+        relaxed = partial(self._relaxed, unrelaxed=recording.unrelaxed) if report else self._relaxed
         outputs = iter(
-            RelaxationPhase.apply(recording.update, settings.solver, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+            RelaxationPhase.apply(recording.update, settings.solver, relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
@@ -250,9 +261,12 @@ class ActivationRelaxation(nn.Module):
             output=settings.output,
             frozen=settings.frozen,
             writes=self._writes,
+            report_unrelaxed=settings.report_unrelaxed,
         )
 
-    def _relaxed(self, graph: Graph, states: States, relaxation: Relaxation) -> None:
+    def _relaxed(
+        self, graph: Graph, states: States, relaxation: Relaxation, unrelaxed: tuple[str, ...] | None = None
+    ) -> None:
         """What follows a relaxation phase, before the weight update."""
         settings = self.settings
         if settings.check_finite:
@@ -262,9 +276,11 @@ class ActivationRelaxation(nn.Module):
         if settings.keep_states:
             kept = {v.name: states[v].detach().clone() for v in graph.recorded if v in states}
             relaxation = replace(relaxation, states=kept)
+        if unrelaxed is not None:
+            relaxation = replace(relaxation, unrelaxed=unrelaxed)
         self._keep_record(relaxation)
-        if not self._told:
-            vars(self)["_told"] = True
+        if not self._measured:
+            vars(self)["_measured"] = True
             if relaxation.remaining and not relaxation.converged:  # neither is known of a nonlinear relaxation
                 tell(settings.solver, graph, states)
 
@@ -274,7 +290,9 @@ class ActivationRelaxation(nn.Module):
     def _is_reverse_mode(self) -> bool:
         """Whether the gradients at equilibrium are those of one reverse sweep."""
         settings = self.settings
-        if settings.frozen != ALL_FROZEN or settings.measure_residual or settings.keep_states:
+        if settings.frozen != ALL_FROZEN:
+            return False
+        if settings.measure_residual or settings.keep_states or settings.report_unrelaxed:
             return False
         return not differs_by_phase(named_parts(self.module))
 
@@ -302,11 +320,13 @@ class ActivationRelaxation(nn.Module):
         each = settings.check_finite and are_operations(settings.vertices)
         with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
             result = self.module(*args, **kwargs)
-        if not self._told:
+        outputs = {id(t): t for t in tensors_requiring_grad(result)}
+        if outputs and not self._told:
             vars(self)["_told"] = True
-            if vertices and not called:
-                _warn_of_uncalled(list(vertices.values()))
-        for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
+            if vertices:
+                uncalled = [name for module, name in vertices.items() if module not in called]
+                _tell_missing(settings.vertices, bool(called), uncalled)
+        for tensor in outputs.values():
             if tensor.grad_fn is not None:
                 tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
         return result
@@ -333,21 +353,39 @@ class ActivationRelaxation(nn.Module):
 
 def _of_first_pass() -> dict[str, Any]:
     """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
-    return {"_writes": Writes(), "_told": False}
-
-
-def _warn_of_uncalled(names: list[str]) -> None:
-    warn_user(
-        f"none of the vertices ({', '.join(names[:3])}, …) was called in the forward pass, so nothing relaxes and this "
-        "is backpropagation: does the model call functions in their place? Pass vertices='modules' or the submodules "
-        "whose outputs should relax"
-    )
+    return {"_writes": Writes(), "_told": False, "_measured": False}
 
 
 def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Where the wrapper is a part of a larger model, that model's loading looks for its child's full name."""
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _tell_missing(
+    vertices: Granularity | Iterable[nn.Module], called: bool, uncalled: Sequence[str], unrelaxed: Sequence[str] = ()
+) -> None:
+    """Warns the user of vertices that were expected of a pass, if any is missing."""
+    if are_operations(vertices):
+        if not called and unrelaxed:
+            warn_user(
+                "vertices='operations' finds no operation in the forward pass, so nothing relaxes and this is "
+                f"backpropagation: PyTorch announces nothing of what happens in {', '.join(unrelaxed)}; pass "
+                "vertices='modules', or call these parts as plain Python, neither scripted nor within an "
+                "autograd.Function"
+            )
+    elif not called:
+        warn_user(
+            f"none of the vertices ({', '.join(uncalled[:3])}, …) was called in the forward pass, so nothing relaxes "
+            "and this is backpropagation: does the model call functions in their place? Pass vertices='modules' or the "
+            "submodules whose outputs should relax"
+        )
+    elif uncalled and not isinstance(vertices, str):
+        warn_user(
+            f"the model did not call {', '.join(uncalled)} in the forward pass, so no vertex relaxes there: does it "
+            "call a function, or the module's forward, in its place? Leave it out of vertices, or let the model call "
+            "the module"
+        )
 
 
 def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -62,7 +62,7 @@ def test_signatures_of_the_contract() -> None:
         "Frozen": "(relaxation_derivative=True, update_derivative=True, update_activity=True, input=True)",
         "describe_locality": "(model, *inputs)",
         "alignment": "(model, loss_fn, *inputs)",
-        "use_feedback": "(module, rule='learned')",
+        "use_feedback": "(module, rule='learned', *, skip=())",
         "drop_derivatives": "(module, *, relaxation=True, update=True)",
     }
     for name, expected in signatures.items():
