@@ -94,7 +94,8 @@ def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn
     if rule != "symmetric":
         _check(module, skipped)
     if not layers:
-        raise ValueError(f"module has no {_kinds()} layer: {type(module).__name__} needs no backwards weights")
+        outside = " outside of what skip leaves as it is" if skipped else ""
+        raise ValueError(f"module has no {_kinds()} layer{outside}: {type(module).__name__} needs no backwards weights")
     for layer in layers:
         _set_rule(layer, rule)
     return module
