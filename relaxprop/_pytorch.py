@@ -9,13 +9,15 @@ May import: nothing of this project.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.nn.utils import parametrize
 
 # Nested structures: PyTorch has no public name, and Hugging Face registers its output classes with this one.
 from torch.utils._pytree import arg_tree_leaves, tree_leaves, tree_map
@@ -35,6 +37,7 @@ __all__ = [
     "is_view",
     "leaf_of",
     "may_be_compiled",
+    "nothing_cached",
     "run_backward",
     "switches_gradients",
     "tree_leaves",
@@ -185,3 +188,17 @@ def backward_class(function: type[torch.autograd.Function]) -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward. They can be registered in public, but not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def nothing_cached() -> Iterator[None]:
+    """Within it, ``parametrize.cached()`` holds no weight of what ran before, and afterwards none of what ran within.
+
+    The cache can be opened in public, but neither emptied nor set aside, and its weights are parts of one run's graph.
+    """
+    cache: Any = parametrize
+    aside, cache._cache = cache._cache, {}
+    try:
+        yield
+    finally:
+        cache._cache = aside
