@@ -8,6 +8,7 @@ May import: nothing of this project.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ __all__ = [
     "arrived_hooks",
     "backward_class",
     "base",
+    "deepcopy",
     "graph_is_kept",
     "has_hooks",
     "in_forward_mode",
@@ -155,6 +157,29 @@ def base(x: Tensor) -> Tensor | None:
 def arrived_hooks(x: Tensor) -> dict[int, Any] | None:
     """The hooks of ``Tensor.register_hook``, which can be registered in public, but neither seen nor set aside."""
     return x._backward_hooks
+
+
+def deepcopy(value: Any, memo: dict[Any, Any]) -> Any:
+    """``copy.deepcopy``, at a tenth of its price where the value is a tensor that has its memory for itself.
+
+    So that views of that memory, copied later, share the copy, it is noted where PyTorch's own storages look for it.
+    """
+    if type(value) is not Tensor or value.requires_grad or value.layout is not torch.strided or id(value) in memo:
+        return copy.deepcopy(value, memo)
+    storage, storages = value.untyped_storage(), memo.setdefault("torch", {})
+    whole = value.is_contiguous() and storage.nbytes() == value.nbytes
+    if (
+        not whole
+        or storage._cdata in storages
+        or value.is_quantized
+        or value.is_conj()
+        or value.is_neg()
+        or vars(value)
+    ):
+        return copy.deepcopy(value, memo)
+    copied = memo[id(value)] = value.detach().clone()
+    storages[storage._cdata] = copied.untyped_storage()
+    return copied
 
 
 # -------------------------------------------------------------------------------------------------- a node of the graph

@@ -15,7 +15,7 @@ May import: _pytorch.
 
 from __future__ import annotations
 
-import copy
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from relaxprop._pytorch import nothing_cached
+from relaxprop._pytorch import deepcopy, nothing_cached
 
 # Parameters are the optimiser's, and what a module is made of is no state. The mode is set by the module's own way.
 _STRUCTURE = frozenset(vars(nn.Module()))
+_NO_STATE = {bool, int, float, complex, str, type(None)}  # most attributes are such
 
 
 class Snapshot:
@@ -103,7 +104,7 @@ class Snapshot:
                 for name, value in held.items():
                     known = len(memo)
                     try:
-                        new[name] = copy.deepcopy(value, memo)
+                        new[name] = value if type(value) in _NO_STATE else deepcopy(value, memo)
                     except Exception:  # whatever the class of a user's object raises
                         new[name] = value
                         while len(memo) > known:  # halves of copies
@@ -162,9 +163,15 @@ class _Generator(NamedTuple):
 
     def has_drawn(self) -> bool:
         now = self.get()
-        if isinstance(now, Tensor):
-            return not torch.equal(now, self.state)
-        return not all(map(np.array_equal, now, self.state))
+        return not torch.equal(now, self.state) if isinstance(now, Tensor) else bool(now != self.state)
+
+
+def _numpy_state() -> bytes:
+    return pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002 (the one that all share)
+
+
+def _set_numpy_state(state: bytes) -> None:
+    np.random.set_state(pickle.loads(state))  # noqa: NPY002
 
 
 def _generators(devices: Sequence[int]) -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
@@ -175,7 +182,7 @@ def _generators(devices: Sequence[int]) -> list[tuple[Callable[[], Any], Callabl
     return [
         (torch.get_rng_state, torch.set_rng_state),
         *cuda,
-        (np.random.get_state, np.random.set_state),
+        (_numpy_state, _set_numpy_state),
         (random.getstate, random.setstate),
     ]
 

@@ -263,6 +263,18 @@ def test_cached_weights_are_set_aside() -> None:
     assert layer.weight is not before
 
 
+def test_copies_share_memory_as_their_originals_do() -> None:
+    whole = torch.arange(6.0)
+    for order in ([whole, whole[2:], whole.data, whole], [whole.view(2, 3), whole]):
+        memo: dict[Any, Any] = {}
+        copies = [_pytorch.deepcopy(x, memo) for x in order]
+        assert all(map(torch.equal, copies, order))
+        copies[0].fill_(7.0)
+        assert all(bool((x == 7).all()) for x in copies)
+    assert copies[-1] is _pytorch.deepcopy(whole, memo)
+    assert torch.equal(whole, torch.arange(6.0))
+
+
 def test_a_mode_sees_the_copying_of_tensors() -> None:
     class Seen(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -291,7 +303,7 @@ def test_nested_structures() -> None:
 
 _PRIVATE = (
     r"torch\._|utils import _|utils\._|_execution_engine|\._(version|base|is_view)\b|_conv_forward|_current_level"
-    r"|\._\w*_hooks\b|\._backward_cls|_ConvNd|_InstanceNorm|\.variable\b|\._cache\b"
+    r"|\._\w*_hooks\b|\._backward_cls|_ConvNd|_InstanceNorm|\.variable\b|\._(cache|cdata)\b"
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from relaxprop.nested import tensors_in
@@ -52,6 +53,8 @@ class SamePass:
         first, calls = not self._noted, dict.fromkeys(self._names, 0)
 
         def note(part: nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():  # what is compiled is not to be compiled anew for this
+                return
             tensors = tensors_in(output)
             if first:  # a clone, as the model may go on to write into what it computed
                 self._noted.setdefault(part, []).append([x.detach().clone() for x in tensors])
