@@ -850,3 +850,77 @@ def test_attributes_that_others_hold_stay_the_same_objects() -> None:
     assert same(
         (history, generator.get_state(), membrane), (plain.history, plain.generator.get_state(), plain.membrane)
     )
+
+
+class Aside(Net):
+    """Holds what cannot be copied, alone and beside a counter, and keeps activities with their graph."""
+
+    def begin(self) -> None:
+        self.lock, self.pair = threading.Lock(), [threading.Lock(), 1.0]
+        self.kept: list[Tensor] = []
+
+    def gain(self, h: Tensor) -> float:
+        with self.lock:
+            self.kept.append(h)
+        return 1 / len(self.kept)
+
+    def state(self) -> Any:
+        return [h.detach() for h in self.kept]
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_what_cannot_be_copied_does_no_harm_where_no_state_is_in_it(setting: dict[str, Any]) -> None:
+    exact, after = expected(Aside, setting)
+    model = Aside()
+    lock = model.lock
+    assert_same(gradients(ActivationRelaxation(model, **setting), batch()), exact)
+    assert same(model.state(), after)
+    assert model.lock is lock
+
+
+class Teacher(Net):
+    """Another network that is no part of the model and has statistics of its own, and an object that refers back."""
+
+    def begin(self) -> None:
+        torch.manual_seed(2)
+        self.others = [nn.BatchNorm1d(5).double().requires_grad_(False)]
+        self.trainer = SimpleNamespace(model=self, optimiser=torch.optim.Adam(self.parameters()), steps=0)
+
+    def gain(self, h: Tensor) -> Tensor:
+        self.trainer.steps += 1
+        gain: Tensor = self.others[0](h.detach())
+        return gain / self.trainer.steps
+
+    def state(self) -> Any:
+        return self.trainer.steps, dict(self.others[0].state_dict())
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_objects_that_refer_to_the_model(setting: dict[str, Any]) -> None:
+    exact, after = expected(Teacher, setting)
+    model = Teacher()
+    trainer = model.trainer
+    wrapper = ActivationRelaxation(model, **setting)
+    assert_same(gradients(wrapper, batch()), exact)
+    alignment(wrapper, squares, batch())
+    assert same(model.state(), after)
+    assert model.trainer is trainer
+    assert trainer.model is model
+
+
+def test_a_first_pass_that_cannot_be_repeated_is_refused_again() -> None:
+    """A pass that was refused is not taken for checked."""
+    wrapper = ActivationRelaxation(Closure(), **SETTINGS["b"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"the vertex 'motor'.*keep such a state in buffers"):
+            wrapper(batch())
+    wrapper.frozen = Frozen()
+    gradients(wrapper, batch())
+
+
+@pytest.mark.parametrize("diagnostic", DIAGNOSTICS.values(), ids=DIAGNOSTICS.keys())
+def test_a_diagnostic_of_a_compiled_part(diagnostic: Callable[[ActivationRelaxation, Tensor], Any]) -> None:
+    torch.manual_seed(1)
+    compiled: Any = torch.compile(nn.Linear(4, 5).double(), backend="eager")
+    model = ActivationRelaxation(nn.Sequential(compiled, nn.Tanh(), nn.Linear(5, 3).double()))
+    assert diagnostic(model, batch())
