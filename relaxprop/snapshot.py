@@ -47,7 +47,7 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
-        self._modules = dict(zip(module.modules(), _names(module), strict=True))
+        self._modules = {m: f"{name}." if name else "" for name, m in module.named_modules()}
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         self.devices = sorted({x.get_device() for x in (*parameters, *inputs) if x.is_cuda})
         self.shared: list[str] = []
@@ -68,7 +68,7 @@ class Snapshot:
         generators = [generator.now() for generator in self._generators]
         try:
             _set_modes(self._modes)
-            for place, held in self._copied(self._held):
+            for _, place, held in self._copied(self._held):
                 _put(place, held)
             for generator in self._generators:
                 generator.put(generator.state)
@@ -77,7 +77,7 @@ class Snapshot:
         finally:
             for generator in generators:
                 generator.put(generator.state)
-            for place, held in present:
+            for _, place, held in present:
                 _put(place, held)
             _set_modes(modes)
 
@@ -85,40 +85,47 @@ class Snapshot:
         return [(m, m.training) for m in self._modules]
 
     def _present(self) -> list[_Held]:
-        held = []
-        for module in self._modules:
-            held.append(_Held(module._buffers, dict(module._buffers.items())))
+        present = []
+        for module, owner in self._modules.items():
+            present.append(_Held(owner, module._buffers, dict(module._buffers.items())))
             if not isinstance(module, torch.jit.ScriptModule):  # its attributes are compiled
                 own = vars(module)
-                held.append(_Held(own, {name: own[name] for name in own.keys() - _STRUCTURE}))
-        return held
+                present.append(_Held(owner, own, {n: x for n, x in own.items() if n not in _STRUCTURE}))
+        return present
 
     def _copied(self, present: Sequence[_Held]) -> list[_Held]:
         """One copy of all: what two modules share, their copies share as well."""
         memo: dict[int, Any] = dict(self._same)
-        owners = {id(place): name for m, name in self._modules.items() for place in (m._buffers, vars(m))}
-        copied = []
         with _TensorsInGraphsShared():
-            for place, held in present:
-                new = {}
-                for name, value in held.items():
-                    known = len(memo)
-                    try:
-                        new[name] = value if type(value) in _NO_STATE else deepcopy(value, memo)
-                    except Exception:  # whatever the class of a user's object raises
-                        new[name] = value
-                        while len(memo) > known:  # halves of copies
-                            memo.popitem()
-                        full = f"{owners[id(place)]}{name}"
-                        if full not in self.shared:
-                            self.shared.append(full)
-                copied.append(_Held(place, new))
-        return copied
+            return [
+                _Held(owner, place, {name: self._copy(value, memo, owner + name) for name, value in held.items()})
+                for owner, place, held in present
+            ]
+
+    def _copy(self, value: Any, memo: dict[int, Any], name: str) -> Any:
+        if type(value) in _NO_STATE:
+            return value
+        known = len(memo)
+        try:
+            return deepcopy(value, memo)
+        except Exception:  # whatever the class of a user's object raises
+            while len(memo) > known:  # halves of copies
+                memo.popitem()
+            if name not in self.shared:
+                self.shared.append(name)
+            return value
 
 
 class _Held(NamedTuple):
-    """Where a module holds things by name, its buffers or its plain attributes, and what it holds there."""
+    """What a module holds by name, as buffers or as plain attributes.
 
+    Attributes:
+        owner: the beginning of their full names.
+        place: where the module itself looks for them.
+        held: what is, or was, or is to be there.
+    """
+
+    owner: str
     place: MutableMapping[str, Any]
     held: Mapping[str, Any]
 
@@ -134,11 +141,6 @@ def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
         if module.training != training:
             module.training = training
-
-
-def _names(module: nn.Module) -> list[str]:
-    """Of all modules, each as the beginning of its attributes' names."""
-    return [f"{name}." if name else "" for name, _ in module.named_modules()]
 
 
 class _TensorsInGraphsShared(TorchFunctionMode):

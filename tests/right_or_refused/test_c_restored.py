@@ -888,8 +888,8 @@ class Teacher(Net):
 
     def gain(self, h: Tensor) -> Tensor:
         self.trainer.steps += 1
-        gain: Tensor = self.others[0](h.detach())
-        return gain / self.trainer.steps
+        gain: Tensor = self.others[0](h.detach()) / self.trainer.steps
+        return gain
 
     def state(self) -> Any:
         return self.trainer.steps, dict(self.others[0].state_dict())
