@@ -63,10 +63,12 @@ class Writes:
         into: by the origin of a stand-in, whether it was written to.
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
+        repeated: whether a pass was run again at its own activities and found to be the same.
     """
 
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
+    repeated: bool = False
 
     def learn(self, run: Run) -> None:
         """Notes what a finished run has written to."""

@@ -79,6 +79,7 @@ def record(
         TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
         ValueError: the model read a tensor that requires grad and is neither a parameter nor an input; or its
             operations cannot be seen.
+        RuntimeError: something is unfrozen, but the model cannot be run again as it was.
     """
     kwargs = kwargs or {}
     writes = writes or Writes()

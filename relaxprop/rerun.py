@@ -1,17 +1,17 @@
 """The model run again as it was in the feedforward pass, every vertex set to its state.
 
-Dropout draws the feedforward pass's own masks in every later run, batch norm's statistics are updated once, autocast
-and the training mode are what they were. What cannot be put back is refused: parameters and inputs that were changed in
-place since.
+Dropout draws the feedforward pass's own masks in every later run, batch norm's statistics and all other states of the
+model are updated once (`snapshot`), autocast and the training mode are what they were. What cannot be put back is
+refused: parameters and inputs that were changed in place since, and states that no snapshot reaches.
 
-May import: _pytorch, cutting, graph, nested, vertices.
+May import: _pytorch, cutting, graph, nested, snapshot, vertices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from relaxprop._pytorch import version
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
 from relaxprop.graph import Linearisation, States, Vertex
 from relaxprop.nested import tensors_in
+from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import Hooked, does_as_its_class_says, find_layers
 
 
@@ -78,8 +79,17 @@ class Rerun:
             }
 
     def passed(self, recorded: Sequence[Vertex], stored: Linearisation) -> None:
-        """After the feedforward pass: what every later run has to match."""
+        """After the feedforward pass: what every later run has to match.
+
+        Once per setting, the pass is run again at its own activities at once, to see whether it can be repeated.
+
+        Raises:
+            RuntimeError: it cannot: the model keeps a state where it is not put back.
+        """
         self.recorded, self.stored = recorded, stored
+        if not self.writes.repeated:
+            self._check_repeated(self._run({}))
+            self.writes.repeated = True
 
     def __call__(self, states: States) -> Linearisation:
         """The model run again; a vertex without a state keeps its activity.
@@ -87,6 +97,9 @@ class Rerun:
         Raises:
             RuntimeError: the model took another path than in the feedforward pass, or what it read has changed.
         """
+        return self._run(states).linearisation()
+
+    def _run(self, states: States) -> Run:
         values = [_laid_out_as(v.stand_in, states[v]) if v in states else v.stand_in for v in self.recorded]
         run = Run(self.cut, self.writes, self.recorded, values)
         # What was written to since has to be computed again.
@@ -99,7 +112,19 @@ class Rerun:
             or [x.shape for x in run.outputs] != [x.shape for x in self.stored.outputs]
         ):
             raise other_path()
-        return run.linearisation()
+        return run
+
+    def _check_repeated(self, run: Run) -> None:
+        computed = [
+            (f"the vertex {v.name!r}", v.output, w.output) for v, w in zip(self.recorded, run.vertices, strict=True)
+        ]
+        outputs = [("the output", x, y) for x, y in zip(self.stored.outputs, run.outputs, strict=True)]
+        for what, recorded, repeated in (*computed, *outputs):
+            if not alike(recorded, repeated):
+                raise RuntimeError(
+                    f"frozen: run again at the activities of the feedforward pass, the model does not compute {what} "
+                    f"as it did there, {but_for(self.surroundings.shared)}; or leave everything frozen"
+                )
 
 
 @contextmanager
@@ -147,34 +172,35 @@ class Surroundings:
         module: the model.
         inputs: the tensors among its arguments.
 
+    Attributes:
+        draws: whether the pass has drawn random numbers.
+        shared: the names of the model's attributes that could not be copied.
+
     Raises:
         ValueError: the model has lazy modules that have not seen an input yet.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
-        modules = list(module.modules())
         self.module = module
-        self.training = [(m, m.training) for m in modules]
-        held = [
-            (m._buffers, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
-        ]
-        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
-        if any(is_lazy(x) for x in (*parameters, *(buffer for *_, buffer in held))):
+        parameters = list(module.parameters())
+        if any(is_lazy(x) for x in (*parameters, *module.buffers())):
             raise ValueError(
                 "frozen: lazy modules take shape in their first forward pass, which could not be run again as it was: "
                 "call the model once under torch.no_grad() before training"
             )
-        self.buffers = [_Kept(buffers, name, buffer.clone()) for buffers, name, buffer in held]
+        self.before = Snapshot(module, inputs)
         self.inputs = inputs
         self.fixed = [*parameters, *inputs]
         self.versions = [_version(x) for x in self.fixed]
-        self.devices = sorted({x.get_device() for x in self.fixed if x.is_cuda})
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in (("cpu", "cuda") if self.devices else ("cpu",))
+            for kind in (("cpu", "cuda") if self.before.devices else ("cpu",))
         ]
-        self.random = _random_states(self.devices)
         self.draws = False
+
+    @property
+    def shared(self) -> Sequence[str]:
+        return self.before.shared
 
     def passed(self) -> None:
         """To be called after the forward pass.
@@ -188,8 +214,7 @@ class Surroundings:
                     f"frozen: the model writes in place into {self._name(x)}, so it cannot be run again on it, as "
                     "what is unfrozen needs: let the model work on a copy (x = x.clone())"
                 )
-        now = _random_states(self.devices)
-        self.draws = any(not torch.equal(before, after) for before, after in zip(self.random, now, strict=True))
+        self.draws = self.before.passed()
         self.versions = [_version(x) for x in self.fixed]
 
     @contextmanager
@@ -209,47 +234,14 @@ class Surroundings:
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype, enabled))
-            if self.draws:
-                stack.enter_context(torch.random.fork_rng(self.devices))
-                _set_random_states(self.devices, self.random)
-            changed = [(m, m.training) for m, training in self.training if m.training != training]
-            present = [kept.buffers[kept.name] for kept in self.buffers]
-            try:
-                for module, training in changed:
-                    module.training = not training
-                # Other tensors in their place, since a write into them would be one into what is saved for backward.
-                for kept in self.buffers:
-                    kept.buffers[kept.name] = kept.value.clone()
-                yield
-            finally:
-                for kept, buffer in zip(self.buffers, present, strict=True):
-                    kept.buffers[kept.name] = buffer
-                for module, training in changed:
-                    module.training = training
+            stack.enter_context(self.before.restored())
+            yield
 
     def _name(self, tensor: Tensor) -> str:
         names = {id(p): f"the parameter {name!r}" for name, p in self.module.named_parameters()}
         return names.get(id(tensor), f"an input of shape {tuple(tensor.shape)}")
 
 
-class _Kept(NamedTuple):
-    """A buffer of a module and what it held before the forward pass."""
-
-    buffers: dict[str, Tensor | None]
-    name: str
-    value: Tensor
-
-
 def _version(x: Tensor) -> int:
     """How often the tensor was written to; those made for inference do not count that."""
     return 0 if x.is_inference() else version(x)
-
-
-def _random_states(devices: Sequence[int]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-
-
-def _set_random_states(devices: Sequence[int], states: Sequence[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)

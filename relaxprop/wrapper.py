@@ -156,8 +156,9 @@ class ActivationRelaxation(nn.Module):
             the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
             or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
-        RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func; in the backward
-            pass, if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
+        RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func, or if something
+            is unfrozen and ``module`` keeps a state that cannot be put back before it runs again; in the backward pass,
+            if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
             ``module`` did not return; where something is unfrozen, if a parameter or an input was changed in place
             since the forward pass, or the model takes another path.
     """

@@ -60,8 +60,10 @@ def test_signatures_of_the_contract() -> None:
         "Equilibrium": "()",
         "steps_to_converge": "(depth, step_size, tolerance, *, order='simultaneous')",
         "Frozen": "(relaxation_derivative=True, update_derivative=True, update_activity=True, input=True)",
-        "describe_locality": "(model, *inputs)",
-        "alignment": "(model, loss_fn, *inputs)",
+        "describe_locality": "(model, *inputs, **kwargs)",
+        "alignment": "(model, loss_fn, *inputs, **kwargs)",
+        "certificate": "(model, *inputs, **kwargs)",
+        "convergence": "(model, loss_fn, *inputs, solver=None, **kwargs)",
         "use_feedback": "(module, rule='learned', *, skip=())",
         "drop_derivatives": "(module, *, relaxation=True, update=True)",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge, save_on_cpu
+from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -249,6 +251,41 @@ def test_a_module_has_hooks() -> None:
     assert not _pytorch.has_hooks(module)
 
 
+def test_cached_weights_are_set_aside() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(2, 2))
+    with parametrize.cached():
+        before = layer.weight
+        with _pytorch.nothing_cached():
+            within = layer.weight
+            assert within is layer.weight
+        assert within is not before
+        assert layer.weight is before
+    assert layer.weight is not before
+
+
+def test_copies_share_memory_as_their_originals_do() -> None:
+    whole = torch.arange(6.0)
+    for order in ([whole, whole[2:], whole.data, whole], [whole.view(2, 3), whole]):
+        memo: dict[Any, Any] = {}
+        copies = [_pytorch.deepcopy(x, memo) for x in order]
+        assert all(map(torch.equal, copies, order))
+        copies[0].fill_(7.0)
+        assert all(bool((x == 7).all()) for x in copies)
+    assert copies[-1] is _pytorch.deepcopy(whole, memo)
+    assert torch.equal(whole, torch.arange(6.0))
+
+
+def test_a_mode_sees_the_copying_of_tensors() -> None:
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+
+    x = leaf(2)
+    assert copy.deepcopy([x])[0] is not x
+    with Seen():
+        assert copy.deepcopy([x, 2 * x])[0] is x
+
+
 def test_message_of_a_write_to_a_leaf() -> None:
     with pytest.raises(RuntimeError, match=re.escape(_pytorch.LEAF_OVERWRITTEN)):
         leaf(2).add_(1)
@@ -266,7 +303,7 @@ def test_nested_structures() -> None:
 
 _PRIVATE = (
     r"torch\._|utils import _|utils\._|_execution_engine|\._(version|base|is_view)\b|_conv_forward|_current_level"
-    r"|\._\w*_hooks\b|\._backward_cls|_ConvNd|_InstanceNorm|\.variable\b"
+    r"|\._\w*_hooks\b|\._backward_cls|_ConvNd|_InstanceNorm|\.variable\b|\._(cache|cdata)\b"
 )
 
 

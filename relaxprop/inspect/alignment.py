@@ -1,7 +1,7 @@
 r"""How far Activation Relaxation is from backpropagation, on the user's own model, loss and data.
 
-Nothing here changes the model: gradients are returned and not accumulated, and buffers (batch norm's statistics) and
-the random state are put back afterwards.
+Nothing here changes the model: gradients are returned and not accumulated, and every pass works on a copy of the
+model's state (batch norm's statistics, plain attributes, random generators).
 
 May import: derivatives, feedback, inspect.model, wrapper.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relaxprop.derivatives import restored
 from relaxprop.feedback import backwards_weights, symmetric
-from relaxprop.inspect.model import LossFunction, check_model, scalar, undisturbed
+from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
 from relaxprop.wrapper import ActivationRelaxation
 
 
@@ -39,7 +39,7 @@ class Alignment:
     distance: float
 
 
-def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) -> dict[str, Alignment]:
+def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, **kwargs: Any) -> dict[str, Alignment]:
     """Compares the gradient of every parameter with backpropagation's, on the same forward pass.
 
     Args:
@@ -47,26 +47,28 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any) 
         loss_fn: maps the model's result to a scalar loss, for instance
             ``lambda output: ((output - target) ** 2).sum()``.
         inputs: the model's arguments.
+        kwargs: its keyword arguments.
 
     Returns:
         By the parameter's name in the plain module; parameters that the loss does not depend on are left out.
 
     Raises:
         TypeError: ``model`` is not wrapped, or the loss is no scalar.
+        RuntimeError: the passes differ, as the model keeps a state where it is not put back.
     """
     check_model(model)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    same_pass = SamePass(model)
 
     def gradients(forward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
         with undisturbed(model), torch.enable_grad():
-            loss = scalar(loss_fn(forward(*inputs)))
-            return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            with same_pass():
+                result = forward(*inputs, **kwargs)
+            return torch.autograd.grad(scalar(loss_fn(result)), list(parameters.values()), allow_unused=True)
 
-    before = model.last_relaxation
     relaxed = gradients(model)
     with symmetric(model.module), restored(model.module):
         exact = gradients(model.module)
-    model.last_relaxation = before
     return {
         name: _compare(torch.zeros_like(b) if g is None else g, b)
         for name, g, b in zip(parameters, relaxed, exact, strict=True)

@@ -8,7 +8,7 @@ wrapper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,7 +23,7 @@ from relaxprop.feedback import symmetric
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
 from relaxprop.inspect.alignment import numbers
-from relaxprop.inspect.model import LossFunction, check_model, scalar, undisturbed
+from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
 from relaxprop.nested import map_tensors
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
@@ -31,7 +31,7 @@ from relaxprop.update import gradients
 from relaxprop.wrapper import ActivationRelaxation
 
 
-def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
+def certificate(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> dict[str, float]:
     """What the initial state weighs in every vertex at the end of the relaxation phase, before it is run.
 
     A vertex with h vertices between it and the output on the longest path is reached by ``A^k x̄`` for k ≤ h, so there
@@ -43,6 +43,7 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
     Args:
         model: the wrapped module. An `Euler` with a tolerance is taken to use all its steps.
         inputs: the model's arguments.
+        kwargs: its keyword arguments.
 
     Returns:
         By the vertex's name, those next to the output first.
@@ -58,7 +59,7 @@ def certificate(model: ActivationRelaxation, *inputs: Any) -> dict[str, float]:
             f"a model with frozen={model.frozen}: compare the outcome by alignment"
         )
     with undisturbed(model), torch.enable_grad():
-        recording = model.record(inputs)
+        recording = model.record(inputs, kwargs)
     graph = recording.graph
     held = graph.held()
     weights = np.cumsum(np.abs(model.solver.hops(graph.depth).initial))
@@ -85,7 +86,7 @@ class Convergence:
 
 
 def convergence(
-    model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, solver: Solver | None = None
+    model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, solver: Solver | None = None, **kwargs: Any
 ) -> Convergence:
     """The distance of every parameter's gradient to backpropagation's, step by step, measured and predicted.
 
@@ -94,6 +95,7 @@ def convergence(
         loss_fn: maps the model's result to a scalar loss.
         inputs: the model's arguments.
         solver: whose steps to follow, to the last (a tolerance does not stop them); by default the model's own.
+        kwargs: the model's keyword arguments, but for one of the name ``solver``.
 
     Returns:
         Curves by the parameter's name in the plain module, without those whose gradient is zero.
@@ -102,6 +104,7 @@ def convergence(
         TypeError: ``model`` is not wrapped, or the loss is no scalar.
         ValueError: no solver is given and the model's own has no steps to follow; or not everything is frozen, where
             the gradient is no sum over hops.
+        RuntimeError: the passes differ, as the model keeps a state where it is not put back.
     """
     check_model(model)
     if model.frozen != ALL_FROZEN:
@@ -114,7 +117,7 @@ def convergence(
     if euler is None:
         raise ValueError(f"solver: {followed} has no steps to follow, pass solver=Euler(step_size, num_steps)")
     with undisturbed(model), torch.enable_grad():
-        return _follow(euler, *_driven_graph(model, loss_fn, inputs))
+        return _follow(euler, *_driven_graph(model, loss_fn, inputs, kwargs))
 
 
 def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: dict[str, Tensor]) -> Convergence:
@@ -137,30 +140,47 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
     contributions: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(graph.depth):
         for name, g in gradients_of(difference, False).items():
-            contributions[name].append(numbers(g))
+            contributions[name].append(g)
         difference = graph.transport(difference)
     steps = range(euler.steps(graph.depth) + 1)
     c = np.stack([discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in steps])
     predicted = {}
     for name, parts in contributions.items():
-        gram = (torch.stack(parts) @ torch.stack(parts).T).cpu().numpy() if parts else np.zeros((0, 0))
+        gram = _gram_matrix(parts)
         predicted[name] = np.sqrt(np.maximum(np.einsum("nk,kl,nl->n", c, gram, c), 0)) / scale[name]
     return Convergence(euler, graph.depth, {n: np.array(m) for n, m in measured.items()}, predicted)
 
 
+def _gram_matrix(parts: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Of gradients, in double precision, but only of a few numbers at a time: all of them are depth times as many as
+    the parameters."""
+    gram = np.zeros((len(parts), len(parts)))
+    columns = [torch.split(part.flatten(), _COLUMNS) for part in parts]
+    for block in zip(*columns, strict=True):
+        rows = torch.stack([numbers(column) for column in block])
+        gram += (rows @ rows.T).cpu().numpy()
+    return gram
+
+
+_COLUMNS = 1 << 12
+
+
 def _driven_graph(
-    model: ActivationRelaxation, loss_fn: LossFunction, inputs: tuple[Any, ...]
+    model: ActivationRelaxation, loss_fn: LossFunction, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Graph, dict[str, Tensor], dict[str, Tensor]]:
     """A recorded pass with ∂L/∂(outputs) set; parameters by name, and their gradients by backpropagation.
 
     Parameters whose gradient is zero are left out.
     """
+    same_pass = SamePass(model)
     with undisturbed(model), symmetric(model.module), restored(model.module):
         names = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
-        loss = scalar(loss_fn(model.module(*inputs)))
-        found = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
+        with same_pass():
+            result = model.module(*inputs, **kwargs)
+        found = torch.autograd.grad(scalar(loss_fn(result)), list(names.values()), allow_unused=True)
     exact = {name: g for name, g in zip(names, found, strict=True) if g is not None and g.count_nonzero()}
-    recording = model.record(inputs)
+    with same_pass():
+        recording = model.record(inputs, kwargs)
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
     replacements = iter(outputs)
     result = map_tensors(lambda x: next(replacements) if x.requires_grad else x, recording.result)

@@ -8,7 +8,7 @@ Not judged: weights shared by places (convolution) or by moments (a layer that i
 sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
 Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
 
-May import: inspect.model, inspect.walk, operations, vertices, wrapper.
+May import: inspect.model, inspect.walk, operations, solvers, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from relaxprop.inspect.model import check_model, undisturbed
 from relaxprop.inspect.walk import KINDS, Reads, Walk
 from relaxprop.operations import uncompiled
+from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import are_operations, named_parts
 from relaxprop.wrapper import ActivationRelaxation
 
@@ -58,19 +59,20 @@ class Locality:
         return "\n".join([*_table([titles, *rows]), "", *_wrapped(notes, _LINE)])
 
 
-def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
+def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> Locality:
     r"""Lists for every update of (1) and (2) what it reads, and what of that is not local.
 
         (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i        a row for every vertex i
         (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                        a row for every module with parameters of its own
 
     Learned backwards weights, equation (3), have a row of their own. All is found in one forward pass in the model's
-    current mode, with the loss taken to depend on every output. The model, its buffers and the random state stay as
-    they are.
+    current mode, with the loss taken to depend on every output. The model, its state and random
+    generators stay as they are.
 
     Args:
         model: the wrapped module.
         inputs: the model's arguments.
+        kwargs: its keyword arguments.
 
     Raises:
         TypeError: ``model`` is not wrapped.
@@ -90,12 +92,22 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any) -> Locality:
         )
     try:
         with undisturbed(model), torch.enable_grad(), uncompiled():
-            walk = Walk(model, inputs)
-            return Locality((*walk.states(), *walk.layers()), model.solver.schedule)
+            walk = Walk(model, inputs, kwargs)
+            return Locality((*walk.states(), *walk.layers()), _schedule(model.solver))
     except TypeError as error:  # an argument is missing
-        if not inputs:
+        if not (inputs or kwargs):
             error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")
         raise
+
+
+def _schedule(solver: Solver) -> str:
+    """In the solver's own words; words that a user's class has inherited are said to be its base's."""
+    kind = type(solver)
+    words = solver.schedule
+    base = next(c for c in kind.__mro__ if "schedule" in vars(c))
+    return (
+        words if base is kind or kind in SOLVERS.values() else f"{kind.__name__}, by its base {base.__name__}: {words}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the table

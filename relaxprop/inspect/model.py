@@ -1,6 +1,6 @@
 """What every inspection shares: a wrapped model that it leaves as it was.
 
-May import: wrapper.
+May import: nested, snapshot, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from relaxprop.nested import tensors_in
+from relaxprop.snapshot import Snapshot, alike, but_for
+from relaxprop.vertices import Hooked, named_parts
 from relaxprop.wrapper import ActivationRelaxation
 
 LossFunction = Callable[[Any], Tensor]
@@ -19,20 +22,54 @@ LossFunction = Callable[[Any], Tensor]
 
 @contextmanager
 def undisturbed(model: ActivationRelaxation) -> Iterator[None]:
-    """Within it, forward passes leave no trace: buffers and the random state are put back."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    """Within it, forward passes leave no trace: they work on a copy of the module's state (`Snapshot`)."""
+    last_relaxation = model.last_relaxation
     try:
-        with torch.random.fork_rng(devices=devices):
+        with Snapshot(model.module).restored():
             yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))
+        model.last_relaxation = last_relaxation
+
+
+class SamePass:
+    """Forward passes of a model that have to be the same one, as they are compared with each other.
+
+    Used as a context around each pass: the first notes what the model's parts return, each later one is held against
+    it.
+    """
+
+    def __init__(self, model: ActivationRelaxation) -> None:
+        self._module = model.module
+        self._names = named_parts(model.module)
+        self._noted: dict[nn.Module, list[list[Tensor]]] = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around a pass.
+
+        Raises:
+            RuntimeError: a part of the model returns something else than in the first pass.
+        """
+        first, calls = not self._noted, dict.fromkeys(self._names, 0)
+
+        def note(part: nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling():  # what is compiled is not to be compiled anew for this
+                return
+            tensors = tensors_in(output)
+            if first:  # a clone, as the model may go on to write into what it computed
+                self._noted.setdefault(part, []).append([x.detach().clone() for x in tensors])
+                return
+            noted = self._noted.get(part, [])[calls[part] :][:1]
+            calls[part] += 1
+            for before in noted:
+                if len(before) != len(tensors) or not all(map(alike, before, tensors)):
+                    raise RuntimeError(
+                        f"two passes over the same input cannot be compared: {self._names[part]!r} returns something "
+                        f"else in the second one, {but_for(Snapshot(self._module).shared)}"
+                    )
+
+        with Hooked(self._names, note):
+            yield
 
 
 def check_model(model: object) -> None:
@@ -41,8 +78,17 @@ def check_model(model: object) -> None:
     Raises:
         TypeError: if it is not.
     """
-    if not isinstance(model, ActivationRelaxation):
+    if isinstance(model, ActivationRelaxation):
+        return
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    wrapped = [name for name, part in parts if isinstance(part, ActivationRelaxation)]
+    if not wrapped:
         raise TypeError(f"model must be an ActivationRelaxation, got {type(model).__name__}: wrap the module first")
+    names = " and ".join(map(repr, wrapped))
+    raise TypeError(
+        f"model must be an ActivationRelaxation, got a {type(model).__name__} that contains {names}: pass such a part, "
+        f"model.get_submodule({wrapped[0]!r}), with the arguments that it is called with"
+    )
 
 
 def scalar(loss: object) -> Tensor:

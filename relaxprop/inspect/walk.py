@@ -119,7 +119,7 @@ class Walk:
         returned: by node, the layer that returned what it computed.
     """
 
-    def __init__(self, model: ActivationRelaxation, inputs: Sequence[Any]) -> None:
+    def __init__(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self.module, self.frozen = model.module, model.frozen
         self.names = {m: name or type(m).__name__ for name, m in model.module.named_modules()}
         self.modules = {name: m for m, name in self.names.items()}
@@ -136,16 +136,18 @@ class Walk:
         self.leaves = {id(p): _Leaf("parameter", name) for p, name in named}
         # Parameters that are not trained are no part of the graph: what reads them is known by their memory.
         self.memory = {p.untyped_storage().data_ptr(): name for p, name in named if p.numel()}
-        self._record(model, inputs)
+        self._record(model, inputs, kwargs)
 
-    def _record(self, model: ActivationRelaxation, inputs: Sequence[Any]) -> None:
+    def _record(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         # Where the input requires grad, the graph tells who reads it.
-        traced = self.frozen.input and not tensors_requiring_grad(inputs)
-        arguments = [map_tensors(_traced, x) for x in inputs] if traced else inputs
+        traced = self.frozen.input and not tensors_requiring_grad((inputs, kwargs))
+        if traced:
+            inputs = [map_tensors(_traced, x) for x in inputs]
+            kwargs = {name: map_tensors(_traced, x) for name, x in kwargs.items()}
         layers = set(find_layers(self.module))
         handles = [handle for m in self.names for handle in self._note(m, m in layers)]
         try:
-            graph = model.record(arguments).graph
+            graph = model.record(inputs, kwargs).graph
             self.graph = graph  # in PyTorch 2.6, a node of an autograd.Function tells nothing once its graph is gone
         finally:
             for handle in handles:
