@@ -132,7 +132,7 @@ class _Feedback(Variant):
 
     def forward(self, x: Tensor) -> Tensor:
         learned = self.feedback_rule == "learned"
-        weight = _SharedGradient.apply(self.weight, self.feedback) if learned else self.weight  # type: ignore[no-untyped-call]
+        weight = SharedGradient.apply(self.weight, self.feedback) if learned else self.weight  # type: ignore[no-untyped-call]
         synapses = _synapses(self)
         assert synapses is not None
         u = synapses.forward(self, x.detach(), weight)
@@ -154,7 +154,7 @@ class _Feedback(Variant):
         return f"{super().extra_repr()}, feedback={self.feedback_rule}"
 
 
-class _SharedGradient(torch.autograd.Function):
+class SharedGradient(torch.autograd.Function):
     """W in the forward pass; W's gradient for W, and a copy of it for ψ (clipping works in place, so no alias)."""
 
     @staticmethod

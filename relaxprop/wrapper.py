@@ -4,8 +4,8 @@ What relaxes and how is not here: `relaxation` has the equations, `recording` th
 needs around them: settings that are checked whole, the shortcut at equilibrium, what is told after a relaxation phase,
 and the state dictionary.
 
-May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, recording, relaxation, solvers,
-transients, vertices.
+May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, probe, recording, relaxation,
+solvers, transients, update, vertices.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.nested import map_tensors, tensors_requiring_grad
 from relaxprop.operations import EachOperation
+from relaxprop.probe import check_repeatable
 from relaxprop.recording import OutputRule, Recording, record
-from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
+from relaxprop.relaxation import RelaxationPhase, Solve, refuse_second_derivative
 from relaxprop.solvers import ClosedForm, Equilibrium, Relaxation, Solver, at_equilibrium, check_solves, solver_names
 from relaxprop.transients import steps_to_converge
+from relaxprop.update import Update
 from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
 
 DEFAULT = ClosedForm()
@@ -161,6 +163,7 @@ class ActivationRelaxation(nn.Module):
 
     settings: Settings
     _writes: Writes
+    _probed: set[int]
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class ActivationRelaxation(nn.Module):
     def _configure(self, settings: Settings) -> None:
         find_vertices(self.module, settings.vertices)
         # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
-        vars(self).update(settings=settings, _writes=Writes())
+        vars(self).update(settings=settings, _writes=Writes(), _probed=set())
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked whole whenever one is set, and hold from the next pass on."""
@@ -220,8 +223,11 @@ class ActivationRelaxation(nn.Module):
             )
         if not recording.graph.outputs:
             return recording.result
+        solve = settings.solver.solve
+        if recording.graph.size not in self._probed:
+            solve = partial(self._probe_and_solve, solve, recording.update)
         outputs = iter(
-            RelaxationPhase.apply(recording.update, settings.solver, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+            RelaxationPhase.apply(recording.update, solve, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
@@ -237,6 +243,12 @@ class ActivationRelaxation(nn.Module):
             frozen=settings.frozen,
             writes=self._writes,
         )
+
+    def _probe_and_solve(self, solve: Solve, update: Update, graph: Graph) -> tuple[States, Relaxation]:
+        """The first relaxation phase of a setting, and of a graph of another size: whether the model allows for one."""
+        if check_repeatable(self.module, update):
+            self._probed.add(graph.size)
+        return solve(graph)
 
     def _relaxed(self, graph: Graph, states: States, relaxation: Relaxation) -> None:
         """What follows a relaxation phase, before the weight update."""
