@@ -31,6 +31,7 @@ __all__ = [
     "in_forward_mode",
     "in_transform",
     "is_checkpointed",
+    "is_compiled",
     "is_leaf_node",
     "is_view",
     "leaf_of",
@@ -185,3 +186,13 @@ def backward_class(function: type[torch.autograd.Function]) -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward. They can be registered in public, but not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs compiled code, by ``torch.compile(module)`` or ``module.compile()``.
+
+    Neither can be asked for in public: the one's class has no public name, the other leaves a private attribute.
+    """
+    return may_be_compiled() and (
+        isinstance(module, torch._dynamo.OptimizedModule) or vars(module).get("_compiled_call_impl") is not None
+    )

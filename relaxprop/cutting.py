@@ -151,11 +151,11 @@ class Run:
             args = [map_tensors(self._input, x) for x in args]
             kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
         # A layer's output is noted before it is cut, where the layer is a vertex too.
-        layers = Hooked(cut.layers, self._note_layer) if cut.layers else _NOTHING
+        layers = Hooked(cut.layers, self._note_layer, self) if cut.layers else _NOTHING
         operations = EachOperation(self._cut_operation) if cut.operations else _NOTHING
         token = recorded_switches.set(self.switches)
         try:
-            with layers, Hooked(cut.modules, self._cut_output), operations:
+            with layers, Hooked(cut.modules, self._cut_output, self), operations:
                 result = module(*args, **kwargs)
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Rerun:
             else:
                 first.setdefault(module, []).append(HandedOn.by_layer(output))
 
-        with Hooked(find_layers(self.module), note):
+        with Hooked(find_layers(self.module), note, run):
             yield
         self.surroundings.passed()
         # Where operations are vertices, no layer stands before all of them.
@@ -104,13 +105,14 @@ class Rerun:
 
 @contextmanager
 def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[None]:
-    """Within it, calls of these modules return, one after the other, what is given."""
-    handles = []
+    """Within it, calls of these modules return, one after the other, what is given; those of other threads do not."""
+    handles, thread = [], get_ident()
     for module, given in returned.items():
         called, outputs = list[bool](), iter(given)
 
         def announce(module: nn.Module, args: Any, called: list[bool] = called) -> None:
-            called.append(True)
+            if get_ident() == thread:
+                called.append(True)
 
         def forward(
             *args: Any,
@@ -120,7 +122,8 @@ def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[Non
             **kwargs: Any,
         ) -> Any:
             # Who calls forward directly was not noticed when the outputs were recorded either.
-            stored = next(outputs, None) if called and called.pop() else None
+            mine = get_ident() == thread and called and called.pop()
+            stored = next(outputs, None) if mine else None
             return own(*args, **kwargs) if stored is None else stored.tensor
 
         handles.append(module.register_forward_pre_hook(announce))

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from relaxprop._pytorch import in_transform
+from relaxprop._pytorch import in_transform, is_compiled
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
@@ -226,6 +226,7 @@ class ActivationRelaxation(nn.Module):
         solve = settings.solver.solve
         if recording.graph.size not in self._probed:
             solve = partial(self._probe_and_solve, solve, recording.update)
+            self._warn_of_compiled(recording.graph)
         outputs = iter(
             RelaxationPhase.apply(recording.update, solve, self._relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
@@ -243,6 +244,24 @@ class ActivationRelaxation(nn.Module):
             frozen=settings.frozen,
             writes=self._writes,
         )
+
+    def _warn_of_compiled(self, graph: Graph) -> None:
+        """What was compiled, and used, before it was wrapped runs past the hooks of the modules within."""
+        parts = named_parts(self.module)
+        compiled = [name for module, name in parts.items() if is_compiled(module)]
+        if not compiled:
+            return
+        recorded = {v.name.partition("[")[0].partition("#")[0] for v in graph.recorded}
+        chosen = find_vertices(self.module, self.settings.vertices).values()
+        for part in compiled:
+            missed = [name for name in chosen if name.startswith(f"{part}.") and name not in recorded]
+            if missed:
+                warnings.warn(
+                    f"the compiled module {part!r} runs past its vertices ({', '.join(missed[:3])}), which do not "
+                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, or "
+                    "leave it uncompiled",
+                    stacklevel=4,
+                )
 
     def _probe_and_solve(self, solve: Solve, update: Update, graph: Graph) -> tuple[States, Relaxation]:
         """The first relaxation phase of a setting, and of a graph of another size: whether the model allows for one."""
