@@ -87,7 +87,7 @@ def _why_not(update: Update, driven: Sequence[Tensor | None], unit: float) -> st
         kept = [x.clone() for x in given]
         graph.drive_outputs(cotangents)
         found = _product(update, pushed)
-        if any(not torch.equal(a, b) for a, b in zip(given, kept, strict=True)):
+        if any(not torch.equal(_values(a), _values(b)) for a, b in zip(given, kept, strict=True)):
             return "writes into the gradient that it is given"
         found = tuple([None if x is None else x / factor for x in found])  # copies, as they may be written to
         if first and not all(_equal(a, b) for a, b in zip(first, found, strict=True)):
@@ -117,6 +117,8 @@ def _product(update: Update, states: States) -> Gradients:
 def _made_up(vertex: Vertex) -> Tensor:
     """A state about as large as ∂L/∂(outputs), and different everywhere. No generator is asked."""
     zeros = vertex.zeros()
+    if zeros.is_nested:
+        return torch.cos(vertex.stand_in.detach().to(zeros.dtype))
     return torch.cos(torch.arange(zeros.numel(), device=zeros.device).to(zeros)).view(zeros.shape)
 
 
@@ -124,7 +126,10 @@ def _equal(a: Tensor | None, b: Tensor | None, absolute: float = 0.0) -> bool:
     """Up to rounding. An overflow tells nothing, and where nothing arrives, zeros may."""
     if a is None or b is None:
         x = a if b is None else b
-        return x is None or not bool(x.any())
+        return x is None or not bool(_values(x).any())
+    a, b = _values(a), _values(b)
+    if a.shape != b.shape:
+        return False
     size, distance = float(a.norm()), float((a - b).norm())
     if not math.isfinite(size) or not bool(b.isfinite().all()):
         return True
@@ -132,12 +137,19 @@ def _equal(a: Tensor | None, b: Tensor | None, absolute: float = 0.0) -> bool:
     return distance <= min(1e4 * range_.eps, 0.1) * max(size, absolute) + 2.0**20 * range_.tiny * a.numel()
 
 
+def _values(x: Tensor) -> Tensor:
+    """The numbers of a sparse gradient (of an embedding) or of a nested tensor, in a dense one."""
+    if x.is_sparse:
+        return x.coalesce().values()
+    return x.values() if x.is_nested else x
+
+
 def _put_back(tensor: Tensor, gradient: Tensor | None, value: Tensor | None) -> bool:
     """Whether there was something to put back."""
     if gradient is None or value is None:
         changed = tensor.grad is not None
     else:
-        changed = tensor.grad is not gradient or not torch.equal(gradient, value)
+        changed = tensor.grad is not gradient or not torch.equal(_values(gradient), _values(value))
     if changed:
         tensor.grad = gradient
         if gradient is not None and value is not None:

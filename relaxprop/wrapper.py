@@ -258,8 +258,8 @@ class ActivationRelaxation(nn.Module):
             if missed:
                 warnings.warn(
                     f"the compiled module {part!r} runs past its vertices ({', '.join(missed[:3])}), which do not "
-                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, or "
-                    "leave it uncompiled",
+                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, "
+                    "or leave it uncompiled",
                     stacklevel=4,
                 )
 
