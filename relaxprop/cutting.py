@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
-from relaxprop.nested import map_tensors, tensors_requiring_grad
+from relaxprop.nested import map_tensors, rebuilt, tensors_requiring_grad
 from relaxprop.operations import EachOperation
 from relaxprop.vertices import Hooked
 
@@ -108,9 +109,18 @@ class Arguments:
     def _stand_in(self, x: Tensor) -> Tensor:
         if not x.requires_grad and not (self._relax and x.is_floating_point()):
             return x
-        alias = x.detach().requires_grad_()
-        self.inputs[id(alias)] = x, alias
+        # A tensor that is given twice is the same to the model, which may ask.
+        alias = next((alias for given, alias in self.inputs.values() if given is x), None)
+        if alias is None:
+            alias = x.detach().requires_grad_()
+            self.inputs[id(alias)] = x, alias
         return alias
+
+    def copied(self) -> Arguments:
+        """The same tensors in lists and dicts of their own, which the model may write into."""
+        twin = Arguments((), {})
+        twin.args, twin.kwargs, twin.inputs = rebuilt(self.args), rebuilt(self.kwargs), self.inputs
+        return twin
 
 
 class Run:
@@ -142,6 +152,7 @@ class Run:
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
+        self._given: dict[int, Tensor] = {}  # by the id of its stand-in, what the model gets of an input
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
         """The model's result."""
@@ -181,6 +192,12 @@ class Run:
     def _input(self, x: Tensor) -> Tensor:
         if id(x) not in self._inputs:
             return x
+        if (given := self._given.get(id(x))) is not None:
+            return given
+        self._given[id(x)] = given = self._hand_on_input(x)
+        return given
+
+    def _hand_on_input(self, x: Tensor) -> Tensor:
         if self.cut.inputs:
             return self._vertex(x, "input", f"input[{len(self.vertices)}]")
         return self._hand_on(x, "input")
@@ -239,7 +256,7 @@ class Run:
 
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
-            stand_in.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+            stand_in.register_post_accumulate_grad_hook(partial(_refuse_stray_gradient, origin))  # type: ignore[no-untyped-call]
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -259,10 +276,10 @@ def other_path() -> RuntimeError:
     )
 
 
-def _refuse_stray_gradient(stand_in: Tensor) -> None:
+def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:
     stand_in.grad = None
     raise RuntimeError(
-        f"the loss reads an activity of shape {tuple(stand_in.shape)} that the model kept to itself (on an attribute, "
-        "say) and did not return, so the relaxation phase does not know of it: return it from the model, with the "
+        f"the loss reads an activity of {origin!r}, of shape {tuple(stand_in.shape)}, that the model kept to itself (on "
+        "an attribute, or in a list that it was given) and did not return, so the relaxation phase does not know of it: return it from the model, with the "
         "output"
     )

@@ -42,7 +42,7 @@ class Rerun:
 
     def __init__(self, module: nn.Module, arguments: Arguments, cut: Cut, writes: Writes, given: Any) -> None:
         self.module = module
-        self.arguments = arguments
+        self.arguments = arguments.copied()  # as they are before the feedforward pass
         self.cut = cut
         self.writes = writes
         self.surroundings = Surroundings(module, tensors_in(given))
@@ -93,7 +93,7 @@ class Rerun:
         # What was written to since has to be computed again.
         unchanged = {m: calls for m, calls in self.unchanged.items() if not any(x.overwritten for x in calls)}
         with self.surroundings.restored(), _returning(unchanged), torch.enable_grad():
-            run.call(self.module, self.arguments)
+            run.call(self.module, self.arguments.copied())
         if (
             len(run.vertices) != len(self.recorded)
             or len(run.layers) != len(self.stored.layers)
