@@ -279,7 +279,7 @@ def other_path() -> RuntimeError:
 def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:
     stand_in.grad = None
     raise RuntimeError(
-        f"the loss reads an activity of {origin!r}, of shape {tuple(stand_in.shape)}, that the model kept to itself (on "
-        "an attribute, or in a list that it was given) and did not return, so the relaxation phase does not know of it: return it from the model, with the "
-        "output"
+        f"the loss reads an activity of {origin!r}, of shape {tuple(stand_in.shape)}, that the model kept to itself "
+        "(on an attribute, or in a list that it was given) and did not return, so the relaxation phase does not know "
+        "of it: return it from the model, with the output"
     )
