@@ -281,7 +281,7 @@ def test_is_compiled() -> None:
     plain, by_method, by_function = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     assert not _pytorch.is_compiled(plain)
     by_method.compile(backend="eager")
-    compiled = torch.compile(by_function, backend="eager")
+    compiled: Any = torch.compile(by_function, backend="eager")
     assert _pytorch.is_compiled(by_method)
     assert _pytorch.is_compiled(compiled)
     assert not _pytorch.is_compiled(by_function)
