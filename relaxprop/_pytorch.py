@@ -35,6 +35,7 @@ __all__ = [
     "in_forward_mode",
     "in_transform",
     "is_checkpointed",
+    "is_compiled",
     "is_leaf_node",
     "is_view",
     "leaf_of",
@@ -227,3 +228,13 @@ def nothing_cached() -> Iterator[None]:
         yield
     finally:
         cache._cache = aside
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a call of the module runs compiled code, by ``torch.compile(module)`` or ``module.compile()``.
+
+    Neither can be asked for in public: the one's class has no public name, the other leaves a private attribute.
+    """
+    return may_be_compiled() and (
+        isinstance(module, torch._dynamo.OptimizedModule) or vars(module).get("_compiled_call_impl") is not None
+    )

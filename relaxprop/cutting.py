@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
-from relaxprop.nested import map_tensors, tensors_requiring_grad
+from relaxprop.nested import map_tensors, rebuilt, tensors_requiring_grad
 from relaxprop.operations import EachOperation
 from relaxprop.unrelaxed import inside
 from relaxprop.vertices import Hooked
@@ -113,9 +114,18 @@ class Arguments:
     def _stand_in(self, x: Tensor) -> Tensor:
         if not x.requires_grad and not (self._relax and x.is_floating_point()):
             return x
-        alias = x.detach().requires_grad_()
-        self.inputs[id(alias)] = x, alias
+        # A tensor that is given twice is the same to the model, which may ask.
+        alias = next((alias for given, alias in self.inputs.values() if given is x), None)
+        if alias is None:
+            alias = x.detach().requires_grad_()
+            self.inputs[id(alias)] = x, alias
         return alias
+
+    def copied(self) -> Arguments:
+        """The same tensors in lists and dicts of their own, which the model may write into."""
+        twin = Arguments((), {})
+        twin.args, twin.kwargs, twin.inputs = rebuilt(self.args), rebuilt(self.kwargs), self.inputs
+        return twin
 
 
 class Run:
@@ -150,6 +160,7 @@ class Run:
         self.within: set[Node] = set()
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
+        self._given: dict[int, Tensor] = {}  # by the id of its stand-in, what the model gets of an input
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
         """The model's result."""
@@ -159,11 +170,11 @@ class Run:
             args = [map_tensors(self._input, x) for x in args]
             kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
         # A layer's output is noted before it is cut, where the layer is a vertex too.
-        layers = Hooked(cut.layers, self._note_layer) if cut.layers else _NOTHING
+        layers = Hooked(cut.layers, self._note_layer, self) if cut.layers else _NOTHING
         operations = EachOperation(self._cut_operation) if cut.operations else _NOTHING
         token = recorded_switches.set(self.switches)
         try:
-            with layers, Hooked(cut.modules, self._cut_output), operations:
+            with layers, Hooked(cut.modules, self._cut_output, self), operations:
                 result = module(*args, **kwargs)
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):
@@ -189,6 +200,12 @@ class Run:
     def _input(self, x: Tensor) -> Tensor:
         if id(x) not in self._inputs:
             return x
+        if (given := self._given.get(id(x))) is not None:
+            return given
+        self._given[id(x)] = given = self._hand_on_input(x)
+        return given
+
+    def _hand_on_input(self, x: Tensor) -> Tensor:
         if self.cut.inputs:
             return self._vertex(x, "input", f"input[{len(self.vertices)}]")
         return self._hand_on(x, "input")
@@ -249,7 +266,7 @@ class Run:
 
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
-            stand_in.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+            stand_in.register_post_accumulate_grad_hook(partial(_refuse_stray_gradient, origin))  # type: ignore[no-untyped-call]
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -269,10 +286,10 @@ def other_path() -> RuntimeError:
     )
 
 
-def _refuse_stray_gradient(stand_in: Tensor) -> None:
+def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:
     stand_in.grad = None
     raise RuntimeError(
-        f"the loss reads an activity of shape {tuple(stand_in.shape)} that the model kept to itself (on an attribute, "
-        "say) and did not return, so the relaxation phase does not know of it: return it from the model, with the "
-        "output"
+        f"the loss reads an activity of {origin!r}, of shape {tuple(stand_in.shape)}, that the model kept to itself "
+        "(on an attribute, or in a list that it was given) and did not return, so the relaxation phase does not know "
+        "of it: return it from the model, with the output"
     )

@@ -200,7 +200,7 @@ class _Feedback(Variant):
         x, more, named = first_tensor(args, kwargs)
         W = self.weight  # read once: a parametrization computes it, and spectral norm iterates with it
         learned = self.feedback_rule == "learned"
-        weight = _SharedGradient.apply(W, self.feedback) if learned else W  # type: ignore[no-untyped-call]
+        weight = SharedGradient.apply(W, self.feedback) if learned else W  # type: ignore[no-untyped-call]
         synapses = _synapses(self)
         assert synapses is not None
         u = synapses.forward(self, x.detach(), weight, *more, **named)
@@ -225,7 +225,7 @@ class _Feedback(Variant):
         return f"{super().extra_repr()}, feedback={self.feedback_rule}"
 
 
-class _SharedGradient(torch.autograd.Function):
+class SharedGradient(torch.autograd.Function):
     """W in the forward pass; W's gradient for W, and a copy of it for ψ (clipping works in place, so no alias)."""
 
     @staticmethod

@@ -221,6 +221,15 @@ class Graph:
                 stack += self._inputs[place]
         return list(found)
 
+    @property
+    def size(self) -> int:
+        """The number of vertices and of nodes of PyTorch's graph."""
+        return len(self._upstream)
+
+    def nodes(self) -> list[Node]:
+        """The nodes of PyTorch's graph, each after those that it reads."""
+        return [cast(Node, place) for place in self._upstream if type(place) is not Vertex]
+
     # ---------------------------------------------------------------------------------------------- the operator A
 
     @property
@@ -239,6 +248,11 @@ class Graph:
         if self._source is None:
             self._source = self._arriving(self._output_cotangents_at(self.stored), self.vertices, self.stored)
         return self._source
+
+    @property
+    def output_cotangents(self) -> Sequence[Tensor | None]:
+        """∂L/∂(outputs), as `drive_outputs` was given them."""
+        return self._output_cotangents
 
     def output_scale(self) -> float:
         """The largest number in ∂L/∂(outputs)."""

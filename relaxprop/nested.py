@@ -14,10 +14,26 @@ from relaxprop._pytorch import tree_leaves, tree_map
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
-    """``nested`` with every tensor in it replaced by what the function makes of it, in order."""
+    """``nested`` with every tensor in it replaced by what the function makes of it, in order; itself where none is."""
     if isinstance(nested, Tensor):  # the usual case, without the price of taking structures apart
         return function(nested)
-    return tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, nested)
+    replaced = False
+
+    def mapped(x: Any) -> Any:
+        nonlocal replaced
+        if not isinstance(x, Tensor):
+            return x
+        y = function(x)
+        replaced = replaced or y is not x
+        return y
+
+    result = tree_map(mapped, nested)
+    return result if replaced else nested
+
+
+def rebuilt(nested: Any) -> Any:
+    """``nested`` with tuples, lists and dicts of its own, which hold the same."""
+    return tree_map(lambda x: x, nested)
 
 
 def tensors_in(nested: Any) -> list[Tensor]:

@@ -27,16 +27,18 @@ from torch import Tensor
 
 from relaxprop._pytorch import graph_is_kept, is_view
 from relaxprop.graph import Gradients, Graph, States
-from relaxprop.solvers import Relaxation, Solver
+from relaxprop.solvers import Relaxation
 from relaxprop.update import Update
 
+# How (1) is integrated: a solver's ``solve``.
+Solve = Callable[[Graph], tuple[States, Relaxation]]
 # What is told when the relaxation phase ends: the graph, the final states, and the record of how they were found.
 OnRelaxed = Callable[[Graph, States, Relaxation], None]
 
 
-def relax(graph: Graph, solver: Solver, update: Update, on_relaxed: OnRelaxed, *, retain_graph: bool) -> Gradients:
+def relax(graph: Graph, solve: Solve, update: Update, on_relaxed: OnRelaxed, *, retain_graph: bool) -> Gradients:
     """Algorithm 1 after the feedforward pass: the gradients of inputs and parameters, given ∂L/∂x^L on the graph."""
-    states, record = solver.solve(graph)  # (1)
+    states, record = solve(graph)  # (1)
     on_relaxed(graph, states, record)
     return update(states, retain_graph=retain_graph)  # (2)
 
@@ -46,11 +48,11 @@ class RelaxationPhase(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, update: Update, solver: Solver, on_relaxed: OnRelaxed, shown: Sequence[Tensor], *given: Tensor
+        ctx: Any, update: Update, solve: Solve, on_relaxed: OnRelaxed, shown: Sequence[Tensor], *given: Tensor
     ) -> tuple[Tensor, ...]:
         """What the user gets of the outputs ``shown``; ``given`` are the tensors that gradients are wanted for."""
         ctx.set_materialize_grads(False)
-        ctx.update, ctx.solver, ctx.on_relaxed = update, solver, on_relaxed
+        ctx.update, ctx.solve, ctx.on_relaxed = update, solve, on_relaxed
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(_EMPTY)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
@@ -61,11 +63,11 @@ class RelaxationPhase(torch.autograd.Function):
     def backward(ctx: Any, *output_cotangents: Tensor | None) -> Any:
         refuse_second_derivative()
         ctx.saved_tensors  # noqa: B018 (see forward)
-        update, keep = ctx.update, graph_is_kept()
+        update, solve, keep = ctx.update, ctx.solve, graph_is_kept()
         if not keep:
-            ctx.update = None  # and with it the recorded pass
+            ctx.update = ctx.solve = None  # and with them the recorded pass
         update.graph.drive_outputs(output_cotangents)
-        gradients = relax(update.graph, ctx.solver, update, ctx.on_relaxed, retain_graph=keep)
+        gradients = relax(update.graph, solve, update, ctx.on_relaxed, retain_graph=keep)
         return None, None, None, None, *gradients
 
 

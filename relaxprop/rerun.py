@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Rerun:
 
     def __init__(self, module: nn.Module, arguments: Arguments, cut: Cut, writes: Writes, given: Any) -> None:
         self.module = module
-        self.arguments = arguments
+        self.arguments = arguments.copied()  # as they are before the feedforward pass
         self.cut = cut
         self.writes = writes
         self.surroundings = Surroundings(module, tensors_in(given))
@@ -65,7 +66,7 @@ class Rerun:
             else:
                 first.setdefault(module, []).append(HandedOn.by_layer(output))
 
-        with Hooked(find_layers(self.module), note):
+        with Hooked(find_layers(self.module), note, run):
             yield
         self.surroundings.passed()
         # Where operations are vertices, no layer stands before all of them.
@@ -105,7 +106,7 @@ class Rerun:
         # What was written to since has to be computed again.
         unchanged = {m: calls for m, calls in self.unchanged.items() if not any(x.overwritten for x in calls)}
         with self.surroundings.restored(), _returning(unchanged), torch.enable_grad():
-            run.call(self.module, self.arguments)
+            run.call(self.module, self.arguments.copied())
         if (
             len(run.vertices) != len(self.recorded)
             or len(run.layers) != len(self.stored.layers)
@@ -129,13 +130,14 @@ class Rerun:
 
 @contextmanager
 def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[None]:
-    """Within it, calls of these modules return, one after the other, what is given."""
-    handles = []
+    """Within it, calls of these modules return, one after the other, what is given; those of other threads do not."""
+    handles, thread = [], get_ident()
     for module, given in returned.items():
         called, outputs = list[bool](), iter(given)
 
         def announce(module: nn.Module, args: Any, called: list[bool] = called) -> None:
-            called.append(True)
+            if get_ident() == thread:
+                called.append(True)
 
         def forward(
             *args: Any,
@@ -145,7 +147,8 @@ def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[Non
             **kwargs: Any,
         ) -> Any:
             # Who calls forward directly was not noticed when the outputs were recorded either.
-            stored = next(outputs, None) if called and called.pop() else None
+            mine = get_ident() == thread and called and called.pop()
+            stored = next(outputs, None) if mine else None
             return own(*args, **kwargs) if stored is None else stored.tensor
 
         handles.append(module.register_forward_pre_hook(announce))

@@ -84,7 +84,7 @@ def gradients(
     """
     at = at or graph.stored
     cotangents = graph.cotangents(states, at, driven=driven)
-    with updating(at.switches) if in_update and at.switches else nullcontext(), _without_hooks(wanted):
+    with updating(at.switches) if in_update and at.switches else nullcontext(), without_hooks(wanted):
         return vector_jacobian_product(cotangents, wanted, retain_graph=retain_graph)
 
 
@@ -94,7 +94,7 @@ def _split_update(
     """(2) as a product of two factors: the errors ``f'(u) ⊙ x`` at what the layers computed, u, from the one
     linearisation, and ``∂u/∂W``, which holds the presynaptic activity, from the other."""
     cotangents = graph.cotangents(states, derivative)
-    with updating((*derivative.switches, *activity.switches)), _without_hooks(parameters):
+    with updating((*derivative.switches, *activity.switches)), without_hooks(parameters):
         errors = vector_jacobian_product(cotangents, [layer.output for layer in derivative.layers])
         _check_layers(graph, activity, parameters)
         # What a layer passes on to the layers before it has the activity's derivatives: the errors replace it.
@@ -141,7 +141,7 @@ def _node(end: Tensor | GradientEdge) -> Node:
     return get_gradient_edge(end).node if isinstance(end, Tensor) else end.node
 
 
-def _without_hooks(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+def without_hooks(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Sets aside the hooks of parameters and inputs.
 
     They are there (to clip, to log) for the final gradient, which PyTorch shows them later; they would also run on what

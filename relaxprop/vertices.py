@@ -6,6 +6,7 @@ May import: _pytorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from threading import get_ident, local
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -128,16 +129,49 @@ def _add_children(module: nn.Module, prefix: str, parts: dict[nn.Module, str]) -
 
 
 class Hooked:
-    """A context within which ``hook(module, args, output)`` follows every call of the modules."""
+    """A context within which ``hook(module, args, output)`` follows every call of the modules, in its own thread.
 
-    def __init__(self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
+    The modules may be shared: another thread calls them as they are, and so does another run that is started within
+    this one. A copy of a module that is made meanwhile, or a file, gets a hook that does nothing.
+
+    Args:
+        modules: whose calls are followed.
+        hook: what follows them.
+        run: what the calls belong to; those that are made while another run is on are not followed. By default this
+            context is a run of its own.
+    """
+
+    def __init__(
+        self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any], run: object = None
+    ) -> None:
         self.modules = modules
         self.hook = hook
+        self.run = self if run is None else run
 
     def __enter__(self) -> None:
+        self._thread = get_ident()
+        self._outer = getattr(_now, "run", None)
+        _now.run = self.run
         # A scripted module runs hooks, but refuses to register them by its own method.
-        self._handles = [nn.Module.register_forward_hook(m, self.hook) for m in self.modules]
+        self._handles = [nn.Module.register_forward_hook(m, self) for m in self.modules]
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.hook(module, args, output) if get_ident() == self._thread and _now.run is self.run else None
 
     def __exit__(self, *_: object) -> None:
+        _now.run = self._outer
         for handle in self._handles:
             handle.remove()
+
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a copy has of a hook that was there for a run only."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        pass
+
+
+_now = local()  # what runs in this thread

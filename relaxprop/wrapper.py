@@ -4,8 +4,8 @@ What relaxes and how is not here: `relaxation` has the equations, `recording` th
 needs around them: settings that are checked whole, the shortcut at equilibrium, what is told after a relaxation phase,
 and the state dictionary.
 
-May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, recording, relaxation, solvers,
-unconverged, vertices.
+May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, probe, recording, relaxation,
+solvers, unconverged, update, vertices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from relaxprop._pytorch import in_transform
+from relaxprop._pytorch import in_transform, is_compiled
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
@@ -28,10 +28,12 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.nested import map_tensors, tensors_requiring_grad
 from relaxprop.operations import EachOperation
+from relaxprop.probe import check_repeatable
 from relaxprop.recording import InitialState, OutputRule, Recording, record
-from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
+from relaxprop.relaxation import RelaxationPhase, Solve, refuse_second_derivative
 from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, check_solves, solver_names
 from relaxprop.unconverged import tell, warn_user
+from relaxprop.update import Update
 from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
 
 UNTIL_CONVERGED = ClosedForm()
@@ -178,6 +180,7 @@ class ActivationRelaxation(nn.Module):
     _writes: Writes
     _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
     _measured: bool  # likewise a relaxation phase
+    _probed: set[int]  # the sizes of graphs that allow for products, see `probe`
 
     def __init__(
         self,
@@ -243,10 +246,14 @@ class ActivationRelaxation(nn.Module):
         if not self._told:
             vars(self)["_told"] = True
             _tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
+        solve = settings.solver.solve
+        if recording.graph.size not in self._probed:
+            solve = partial(self._probe_and_solve, solve, recording.update)
+            self._warn_of_compiled(recording.graph)
         report = settings.report_unrelaxed
         relaxed = partial(self._relaxed, unrelaxed=recording.unrelaxed) if report else self._relaxed
         outputs = iter(
-            RelaxationPhase.apply(recording.update, settings.solver, relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+            RelaxationPhase.apply(recording.update, solve, relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
@@ -264,6 +271,29 @@ class ActivationRelaxation(nn.Module):
             writes=self._writes,
             report_unrelaxed=settings.report_unrelaxed,
         )
+
+    def _warn_of_compiled(self, graph: Graph) -> None:
+        """What was compiled, and used, before it was wrapped runs past the hooks of the modules within."""
+        parts = named_parts(self.module)
+        compiled = [name for module, name in parts.items() if is_compiled(module)]
+        if not compiled:
+            return
+        recorded = {v.name.partition("[")[0].partition("#")[0] for v in graph.recorded}
+        chosen = find_vertices(self.module, self.settings.vertices).values()
+        for part in compiled:
+            missed = [name for name in chosen if name.startswith(f"{part}.") and name not in recorded]
+            if missed:
+                warn_user(
+                    f"the compiled module {part!r} runs past its vertices ({', '.join(missed[:3])}), which do not "
+                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, "
+                    "or leave it uncompiled"
+                )
+
+    def _probe_and_solve(self, solve: Solve, update: Update, graph: Graph) -> tuple[States, Relaxation]:
+        """The first relaxation phase of a setting, and of a graph of another size: whether the model allows for one."""
+        if check_repeatable(self.module, update):
+            self._probed.add(graph.size)
+        return solve(graph)
 
     def _relaxed(
         self, graph: Graph, states: States, relaxation: Relaxation, unrelaxed: tuple[str, ...] | None = None
@@ -354,7 +384,7 @@ class ActivationRelaxation(nn.Module):
 
 def _of_first_pass() -> dict[str, Any]:
     """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
-    return {"_writes": Writes(), "_told": False, "_measured": False}
+    return {"_writes": Writes(), "_told": False, "_measured": False, "_probed": set()}
 
 
 def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

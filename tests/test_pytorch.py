@@ -313,3 +313,14 @@ def test_private_names_stand_in_one_file() -> None:
     files = sorted(f for f in package.rglob("*.py") if "lab" not in f.relative_to(package).parts)
     found = {(f.name, m[0]) for f in files for m in re.finditer(_PRIVATE, f.read_text(encoding="utf-8"))}
     assert {name for name, _ in found} == {"_pytorch.py"}, found
+
+
+def test_is_compiled() -> None:
+    plain, by_method, by_function = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    assert not _pytorch.is_compiled(plain)
+    by_method.compile(backend="eager")
+    compiled: Any = torch.compile(by_function, backend="eager")
+    assert _pytorch.is_compiled(by_method)
+    assert _pytorch.is_compiled(compiled)
+    assert not _pytorch.is_compiled(by_function)
+    assert not _pytorch.is_compiled(plain)
