@@ -25,6 +25,7 @@ __all__ = [
     "arg_tree_leaves",
     "arrived_hooks",
     "backward_class",
+    "backward_hooks",
     "base",
     "graph_is_kept",
     "has_hooks",
@@ -185,3 +186,11 @@ def backward_class(function: type[torch.autograd.Function]) -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward. They can be registered in public, but not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def backward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The module's full backward hooks and those before its backward. They can be registered in public, but not seen.
+
+    Of the older kind, without "full", PyTorch keeps the hooks in the same place.
+    """
+    return module._backward_hooks, module._backward_pre_hooks

@@ -4,7 +4,7 @@ A forward hook on each vertex's module, or a function mode that sees every opera
 there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
 where something is not frozen the model is run again with the stand-ins set to the states.
 
-May import: derivatives, graph, nested, operations, vertices, _pytorch.
+May import: derivatives, graph, nested, operations, sight, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.nested import map_tensors, tensors_requiring_grad
 from relaxprop.operations import EachOperation
+from relaxprop.sight import Sight, refuse_nested_differentiation
 from relaxprop.vertices import Hooked
 
 _NOTHING = nullcontext()
@@ -60,13 +61,16 @@ class Writes:
         into: by the origin of a stand-in, whether it was written to.
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
+        watched: whether a whole pass was watched for what the model would see wrongly of itself (`Sight`).
     """
 
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
+    watched: bool = False
 
     def learn(self, run: Run) -> None:
         """Notes what a finished run has written to."""
+        self.watched = True
         for handed in run.handed_on.values():
             if handed.overwritten or handed.origin not in self.into:
                 self.into[handed.origin] = handed.overwritten
@@ -141,6 +145,7 @@ class Run:
         self.switches: list[Node] = []
         self.calls: dict[str, int] = {}
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
+        self.model = ""  # the name of its class
         self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
@@ -152,10 +157,12 @@ class Run:
             kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
         # A layer's output is noted before it is cut, where the layer is a vertex too.
         layers = Hooked(cut.layers, self._note_layer) if cut.layers else _NOTHING
-        operations = EachOperation(self._cut_operation) if cut.operations else _NOTHING
+        self.model = type(module).__name__
+        operations = EachOperation(self._cut_operation, model=self.model) if cut.operations else _NOTHING
+        sight = _NOTHING if self.writes.watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
         token = recorded_switches.set(self.switches)
         try:
-            with layers, Hooked(cut.modules, self._cut_output), operations:
+            with layers, Hooked(cut.modules, self._cut_output), sight, operations:
                 result = module(*args, **kwargs)
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):
@@ -233,6 +240,7 @@ class Run:
                 "frozen: what torch.utils.checkpoint computes again in the backward pass is not at the current states: "
                 "leave checkpointing out where something is unfrozen"
             )
+        refuse_nested_differentiation(self.model)
         stand_in = value.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, stand_in))
         return self._hand_on(stand_in, origin)

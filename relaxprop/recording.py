@@ -1,6 +1,6 @@
 """Records a model's feedforward pass: a `Graph` cut at the vertices, and what equation (2) takes from it.
 
-May import: cutting, frozen, graph, nested, rerun, update, vertices.
+May import: cutting, frozen, graph, nested, rerun, sight, update, vertices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
 from relaxprop.nested import tensors_requiring_grad
 from relaxprop.rerun import Rerun
+from relaxprop.sight import changing, hooked
 from relaxprop.update import Update
 from relaxprop.vertices import Granularity, are_operations, choose_vertices, find_layers, named_parts
 
@@ -84,7 +85,11 @@ def record(
     arguments = Arguments(args, kwargs, relax=cut.inputs)
     rerun = Rerun(module, arguments, cut, writes, (args, kwargs)) if runs_again else None
     run = Run(cut, writes)
-    with nullcontext() if rerun is None else rerun.watching(run):
+    looking = hooked(parts, cut.modules, each=cut.operations)
+    with (
+        nullcontext() if rerun is None else rerun.watching(run),
+        changing(looking, parts) if looking else nullcontext(),
+    ):
         result = run.call(module, arguments)
     writes.learn(run)
     stored = run.linearisation()

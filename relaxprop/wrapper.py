@@ -113,8 +113,9 @@ class ActivationRelaxation(nn.Module):
     number of steps, dividing a loss by a number (for gradient accumulation, or as a mean instead of a sum) makes what
     is left of the initial state weigh more beside the gradient; ``last_relaxation.remaining`` says how much is left.
 
-    A hook on an activity, and a full backward hook on a submodule, belongs to its Jacobian: it runs in every product
-    with A. A loss that reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
+    A hook on an activity, or a full backward hook on a submodule, that changes the gradient belongs to the Jacobian: it
+    runs in every product with A. One that only looks is refused, as is a full backward hook on a vertex. A loss that
+    reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
 
     The arguments are attributes, which may be set anew between two passes.
 
@@ -143,7 +144,7 @@ class ActivationRelaxation(nn.Module):
             tensors in an object that PyTorch cannot take apart.
         ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
             the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
-            or cannot be run again, as what is unfrozen needs.
+            differentiates by itself across a vertex, or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
         RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func; in the backward
             pass, if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
@@ -273,6 +274,8 @@ class ActivationRelaxation(nn.Module):
         vertices = find_vertices(self.module, settings.vertices) if settings.check_finite else {}
 
         def watch(tensor: Tensor, name: str) -> Tensor:
+            if in_transform():  # nobody knows what a transform of torch.func makes of a hook
+                return tensor
             tensor.register_hook(partial(check_gradient, name))  # type: ignore[no-untyped-call]
             return tensor
 
@@ -286,7 +289,7 @@ class ActivationRelaxation(nn.Module):
             self._keep_record(REVERSE_MODE)
 
         each = settings.check_finite and are_operations(settings.vertices)
-        with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
+        with Hooked(vertices, at_vertex), EachOperation(watch) if each else nullcontext():
             result = self.module(*args, **kwargs)
         for tensor in {id(t): t for t in tensors_requiring_grad(result)}.values():
             if tensor.grad_fn is not None:

@@ -239,6 +239,22 @@ def test_class_of_a_functions_nodes() -> None:
     assert not isinstance(x.sin().grad_fn, _pytorch.backward_class(Asks))
 
 
+def test_a_module_has_backward_hooks() -> None:
+    module, seen = nn.Linear(2, 2), list[str]()
+    assert not any(_pytorch.backward_hooks(module))
+    after = module.register_full_backward_hook(lambda *_: seen.append("after"))
+    before = module.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    hooks, pre_hooks = _pytorch.backward_hooks(module)
+    assert (len(hooks), len(pre_hooks)) == (1, 1)
+    for kept, name in ((hooks, "other after"), (pre_hooks, "other before")):
+        kept.update((key, lambda *_, name=name: seen.append(name)) for key in list(kept))
+    module(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert seen == ["other before", "other after"]
+    after.remove()
+    before.remove()
+    assert not any(_pytorch.backward_hooks(module))
+
+
 def test_a_module_has_hooks() -> None:
     module = nn.Linear(2, 2)
     for register in (module.register_forward_hook, module.register_forward_pre_hook):
