@@ -31,8 +31,10 @@ __all__ = [
     "has_hooks",
     "in_forward_mode",
     "in_transform",
+    "is_batched",
     "is_checkpointed",
     "is_leaf_node",
+    "is_tracing",
     "is_view",
     "leaf_of",
     "may_be_compiled",
@@ -100,6 +102,11 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_tracing() -> bool:
+    """Whether this runs within ``torch.jit.trace``. The public name is one without types, and slower."""
+    return torch._C._get_tracing_state() is not None
+
+
 def switches_gradients(func: Any) -> bool:
     """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
     ``set_grad_enabled`` call. There is no public name for it."""
@@ -148,6 +155,13 @@ def is_view(x: Tensor) -> bool:
 def base(x: Tensor) -> Tensor | None:
     """What the tensor is a view of; itself if it is none."""
     return x._base if x._is_view() else x
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether the tensor stands for many, one for each run of a ``vmap``, be it torch.func's or that of
+    ``is_grads_batched``. There is no public name."""
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def arrived_hooks(x: Tensor) -> dict[int, Any] | None:

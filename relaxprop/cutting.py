@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -159,7 +160,8 @@ class Run:
         layers = Hooked(cut.layers, self._note_layer) if cut.layers else _NOTHING
         self.model = type(module).__name__
         operations = EachOperation(self._cut_operation, model=self.model) if cut.operations else _NOTHING
-        sight = _NOTHING if self.writes.watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
+        watched = self.writes.watched or torch.compiler.is_compiling()  # no mode can be entered in what is compiled
+        sight = _NOTHING if watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
         token = recorded_switches.set(self.switches)
         try:
             with layers, Hooked(cut.modules, self._cut_output), sight, operations:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,9 @@ class Sight(TorchFunctionMode):
                     f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
                 )
         elif func is Tensor.register_hook and self._meets_a_vertex(args[:1]):
-            tensor: Any = args[0]
-            hook = kwargs["hook"] if kwargs else args[1]
+            tensor, register, hook = args[0], cast(Any, func), kwargs["hook"] if kwargs else args[1]
             where = f"that {self.model} puts on an activity of shape {tuple(tensor.shape)}"
-            return func(tensor, _must_change(hook, where))
+            return register(tensor, _must_change(hook, where))
         return func(*args, **kwargs)
 
     def _meets_a_vertex(self, nested: Any) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from relaxprop._pytorch import in_transform
+from relaxprop._pytorch import in_transform, is_tracing
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
@@ -209,6 +209,11 @@ class ActivationRelaxation(nn.Module):
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings
+        if is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would keep the forward pass without the relaxation phase: trace under "
+                "torch.no_grad(), or call torch.jit.trace on the plain module (wrapper.module)"
+            )
         if isinstance(settings.solver, Equilibrium) and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)

@@ -239,6 +239,35 @@ def test_class_of_a_functions_nodes() -> None:
     assert not isinstance(x.sin().grad_fn, _pytorch.backward_class(Asks))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_is_seen() -> None:
+    seen, trace = list[bool](), cast(Any, torch.jit.trace)
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_pytorch.is_tracing())
+        return x + 1
+
+    look(torch.ones(1))
+    trace(look, torch.ones(1), check_trace=False)
+    assert seen == [False, True]
+
+
+def test_batched_tensors() -> None:
+    x, seen = torch.ones(2, requires_grad=True), list[bool]()
+    y = x * 2
+    y.register_hook(lambda g: seen.append(_pytorch.is_batched(g)))  # type: ignore[no-untyped-call]
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True]
+
+    def look(row: Tensor) -> Tensor:
+        seen.append(_pytorch.is_batched(row))
+        return row
+
+    torch.func.vmap(look)(torch.eye(2))
+    assert seen == [False, True, True]
+
+
 def test_a_module_has_backward_hooks() -> None:
     module, seen = nn.Linear(2, 2), list[str]()
     assert not any(_pytorch.backward_hooks(module))
