@@ -250,6 +250,7 @@ class Run:
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
             stand_in.register_post_accumulate_grad_hook(_refuse_stray_gradient)  # type: ignore[no-untyped-call]
+            stand_in.__dict__[_STAND_IN] = True
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -267,6 +268,14 @@ def other_path() -> RuntimeError:
         "modules, or other shapes), so no Jacobian stands for the same vertex: a model whose path depends on its "
         "activities needs everything frozen"
     )
+
+
+_STAND_IN = "relaxprop_stand_in"
+
+
+def is_stand_in(leaf: Tensor) -> bool:
+    """Whether a recorded pass, this one or an earlier one, has handed the leaf tensor on."""
+    return _STAND_IN in leaf.__dict__
 
 
 def _refuse_stray_gradient(stand_in: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from relaxprop.cutting import Arguments, Cut, Run, Writes
+from relaxprop.cutting import Arguments, Cut, Run, Writes, is_stand_in
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
 from relaxprop.nested import tensors_requiring_grad
@@ -117,7 +117,7 @@ def record(
 
 
 def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mapping[int, Tensor]) -> None:
-    """Refuse leaf tensors that are no parameters: no gradient could reach them.
+    """Refuse what earlier passes have cut off: no gradient could reach it. Other leaf tensors train, whosever they are.
 
     Raises:
         ValueError: if there is one.
@@ -127,9 +127,8 @@ def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mappin
         return
     known = {id(p) for p in module.parameters()}
     for key, tensor in leaves.items():
-        if key not in known:
+        if key not in known and is_stand_in(tensor):
             raise ValueError(
-                f"the model read a tensor of shape {tuple(tensor.shape)} that requires grad but is neither one "
-                "of its parameters nor one of its inputs, so no gradient can reach it: register it as an "
-                "nn.Parameter, pass it to the model as an argument, or detach it"
+                f"the model read an activity of shape {tuple(tensor.shape)} of an earlier pass, which it kept, so no "
+                "gradient can reach it: return it and pass it to the model as an argument, or detach it"
             )
