@@ -67,8 +67,7 @@ def record(
 
     Raises:
         TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
-        ValueError: the model read a tensor that requires grad and is neither a parameter nor an input; or its
-            operations cannot be seen.
+        ValueError: the model read an activity that it kept from an earlier pass, or differentiates across a cut.
     """
     kwargs = kwargs or {}
     writes = writes or Writes()

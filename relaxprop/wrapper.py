@@ -143,7 +143,7 @@ class ActivationRelaxation(nn.Module):
         TypeError: ``module`` is no module or already wrapped, or an option has the wrong type; in the forward pass,
             tensors in an object that PyTorch cannot take apart.
         ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
-            the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
+            the forward pass, ``module`` reads an activity that it has kept from an earlier pass,
             differentiates by itself across a vertex, or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
         RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func; in the backward
