@@ -28,15 +28,18 @@ __all__ = [
     "arg_tree_leaves",
     "arrived_hooks",
     "backward_class",
+    "backward_hooks",
     "base",
     "deepcopy",
     "graph_is_kept",
     "has_hooks",
     "in_forward_mode",
     "in_transform",
+    "is_batched",
     "is_checkpointed",
     "is_compiled",
     "is_leaf_node",
+    "is_tracing",
     "is_view",
     "leaf_of",
     "may_be_compiled",
@@ -105,6 +108,11 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_tracing() -> bool:
+    """Whether this runs within ``torch.jit.trace``. The public name is one without types, and slower."""
+    return torch._C._get_tracing_state() is not None
+
+
 def switches_gradients(func: Any) -> bool:
     """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
     ``set_grad_enabled`` call. There is no public name for it."""
@@ -153,6 +161,13 @@ def is_view(x: Tensor) -> bool:
 def base(x: Tensor) -> Tensor | None:
     """What the tensor is a view of; itself if it is none."""
     return x._base if x._is_view() else x
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether the tensor stands for many, one for each run of a ``vmap``, be it torch.func's or that of
+    ``is_grads_batched``. There is no public name."""
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def arrived_hooks(x: Tensor) -> dict[int, Any] | None:
@@ -238,3 +253,11 @@ def is_compiled(module: nn.Module) -> bool:
     return may_be_compiled() and (
         isinstance(module, torch._dynamo.OptimizedModule) or vars(module).get("_compiled_call_impl") is not None
     )
+
+
+def backward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The module's full backward hooks and those before its backward. They can be registered in public, but not seen.
+
+    Of the older kind, without "full", PyTorch keeps the hooks in the same place.
+    """
+    return module._backward_hooks, module._backward_pre_hooks

@@ -4,7 +4,7 @@ A forward hook on each vertex's module, or a function mode that sees every opera
 there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
 where something is not frozen the model is run again with the stand-ins set to the states.
 
-May import: derivatives, graph, nested, operations, unrelaxed, vertices, _pytorch.
+May import: derivatives, graph, nested, operations, sight, unrelaxed, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -24,6 +25,7 @@ from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.nested import map_tensors, rebuilt, tensors_requiring_grad
 from relaxprop.operations import EachOperation
+from relaxprop.sight import Sight, refuse_nested_differentiation
 from relaxprop.unrelaxed import inside
 from relaxprop.vertices import Hooked
 
@@ -65,14 +67,17 @@ class Writes:
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
         repeated: whether a pass was run again at its own activities and found to be the same.
+        watched: whether a whole pass was watched for what the model would see wrongly of itself (`Sight`).
     """
 
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
     repeated: bool = False
+    watched: bool = False
 
     def learn(self, run: Run) -> None:
         """Notes what a finished run has written to."""
+        self.watched = True
         for handed in run.handed_on.values():
             if handed.overwritten or handed.origin not in self.into:
                 self.into[handed.origin] = handed.overwritten
@@ -159,6 +164,7 @@ class Run:
         self.calls: dict[str, int] = {}
         self.within: set[Node] = set()
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
+        self.model = ""  # the name of its class
         self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
         self._given: dict[int, Tensor] = {}  # by the id of its stand-in, what the model gets of an input
 
@@ -171,10 +177,13 @@ class Run:
             kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
         # A layer's output is noted before it is cut, where the layer is a vertex too.
         layers = Hooked(cut.layers, self._note_layer, self) if cut.layers else _NOTHING
-        operations = EachOperation(self._cut_operation) if cut.operations else _NOTHING
+        self.model = type(module).__name__
+        operations = EachOperation(self._cut_operation, model=self.model) if cut.operations else _NOTHING
+        watched = self.writes.watched or torch.compiler.is_compiling()  # no mode can be entered in what is compiled
+        sight = _NOTHING if watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
         token = recorded_switches.set(self.switches)
         try:
-            with layers, Hooked(cut.modules, self._cut_output, self), operations:
+            with layers, Hooked(cut.modules, self._cut_output, self), sight, operations:
                 result = module(*args, **kwargs)
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):
@@ -260,6 +269,7 @@ class Run:
                 "frozen: what torch.utils.checkpoint computes again in the backward pass is not at the current states: "
                 "leave checkpointing out where something is unfrozen"
             )
+        refuse_nested_differentiation(self.model)
         stand_in = value.detach().requires_grad_()
         self.vertices.append(Vertex(name, output, stand_in))
         return self._hand_on(stand_in, origin)
@@ -267,6 +277,7 @@ class Run:
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
             stand_in.register_post_accumulate_grad_hook(partial(_refuse_stray_gradient, origin))  # type: ignore[no-untyped-call]
+            stand_in.__dict__[_STAND_IN] = True
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -284,6 +295,14 @@ def other_path() -> RuntimeError:
         "modules, or other shapes), so no Jacobian stands for the same vertex: a model whose path depends on its "
         "activities needs everything frozen"
     )
+
+
+_STAND_IN = "relaxprop_stand_in"
+
+
+def is_stand_in(leaf: Tensor) -> bool:
+    """Whether a recorded pass, this one or an earlier one, has handed the leaf tensor on."""
+    return _STAND_IN in leaf.__dict__
 
 
 def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:

@@ -1,6 +1,6 @@
 """States that overflow: the error, and where it is looked for.
 
-May import: graph, solvers.
+May import: graph, solvers, _pytorch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from itertools import islice
 
 from torch import Tensor
 
+from relaxprop._pytorch import is_batched
 from relaxprop.graph import Graph, States
 from relaxprop.solvers import Solver
 
@@ -69,5 +70,5 @@ def check_gradient(vertex: str, x: Tensor | None) -> None:
     Raises:
         NonFiniteStateError: names the vertex.
     """
-    if x is not None and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
+    if x is not None and not is_batched(x) and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
         raise NonFiniteStateError(vertex, None)

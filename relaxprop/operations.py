@@ -7,13 +7,12 @@ of the operation that reads it next: a view of what it is given (``x.T``, ``x[:,
 inside, as in ``nn.MultiheadAttention`` and ``nn.LSTM``, is one operation. Compiled parts of the model run uncompiled.
 Source: Millidge et al., arXiv 2010.06219, Appendix A, where every vertex of the computation graph relaxes.
 
-May import: _pytorch.
+May import: _pytorch, sight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,24 +22,14 @@ from torch.overrides import TorchFunctionMode
 from relaxprop._pytorch import (
     arg_tree_leaves,
     base,
-    in_forward_mode,
     in_transform,
     is_view,
-    may_be_compiled,
     switches_gradients,
     tree_map,
 )
+from relaxprop.sight import refuse_nested_differentiation, uncompiled
 
-_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _DENSE = (torch.strided, torch.jagged)
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """A context within which compiled parts of a model run as they were written."""
-    if not may_be_compiled():  # then nothing is compiled, and the import would take a second
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
 
 
 class EachOperation(TorchFunctionMode):
@@ -48,16 +37,16 @@ class EachOperation(TorchFunctionMode):
 
     Args:
         replace: called with a tensor that requires grad and the operation's name.
-        cuts: whether it cuts the graph there. What then would not see beyond the cut is refused.
+        model: the name of the model's class where the graph is cut there, None where it is not.
 
     Raises:
-        ValueError: within it, where the graph is cut, the model differentiates by itself.
+        ValueError: within it, where the graph is cut, the model uses a transform of torch.func.
     """
 
-    def __init__(self, replace: Callable[[Tensor, str], Tensor], *, cuts: bool = True) -> None:
+    def __init__(self, replace: Callable[[Tensor, str], Tensor], *, model: str | None = None) -> None:
         super().__init__()
         self.replace = replace
-        self.cuts = cuts
+        self.model = model
 
     def __enter__(self) -> EachOperation:
         self._uncompiled = uncompiled()  # compiled code announces nothing
@@ -78,8 +67,8 @@ class EachOperation(TorchFunctionMode):
         if self._in_function:
             return func(*args, **kwargs)
         transformed = in_transform()
-        if self.cuts:
-            _refuse_what_is_cut_off(func, transformed)
+        if transformed and self.model is not None:
+            refuse_nested_differentiation(self.model)
         result = func(*args, **kwargs)
         if transformed or not torch.is_grad_enabled():
             return result
@@ -109,23 +98,6 @@ class EachOperation(TorchFunctionMode):
         if any(x is result for x in read) or (is_view(result) and any(base(x) is base(result) for x in read)):
             return result
         return self.replace(result, _name(func))
-
-
-def _refuse_what_is_cut_off(func: Any, transformed: bool) -> None:
-    reason = None
-    if func in _DIFFERENTIATING:
-        reason = f"the model calls {func.__name__} in its forward pass, which would end at the next vertex"
-    elif transformed:
-        reason = "the model uses a transform of torch.func, whose tensors cannot be cut"
-    elif func is Tensor.retain_grad:
-        reason = "the model calls retain_grad on an activity, whose gradient would be that of one product with A"
-    elif in_forward_mode():
-        reason = "the model differentiates in forward mode, whose tangents end at the next vertex"
-    if reason is not None:
-        raise ValueError(
-            f"vertices='operations': {reason}: pass vertices='modules', 'activations', or the submodules whose outputs "
-            "should relax"
-        )
 
 
 def _name(func: Any) -> str:

@@ -1,6 +1,6 @@
 """Records a model's feedforward pass: a `Graph` cut at the vertices, and what equation (2) takes from it.
 
-May import: cutting, frozen, graph, nested, rerun, unrelaxed, update, vertices.
+May import: cutting, frozen, graph, nested, rerun, sight, unrelaxed, update, vertices.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from relaxprop.cutting import Arguments, Cut, Run, Writes
+from relaxprop.cutting import Arguments, Cut, Run, Writes, is_stand_in
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
 from relaxprop.nested import tensors_requiring_grad
 from relaxprop.rerun import Rerun
+from relaxprop.sight import changing, hooked
 from relaxprop.unrelaxed import operations, scripted
 from relaxprop.update import Update
 from relaxprop.vertices import Granularity, are_operations, choose_vertices, find_layers, named_parts
@@ -77,8 +78,7 @@ def record(
 
     Raises:
         TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
-        ValueError: the model read a tensor that requires grad and is neither a parameter nor an input; or its
-            operations cannot be seen.
+        ValueError: the model read an activity that it kept from an earlier pass, or differentiates across a cut.
         RuntimeError: something is unfrozen, but the model cannot be run again as it was.
     """
     kwargs = kwargs or {}
@@ -97,7 +97,11 @@ def record(
     arguments = Arguments(args, kwargs, relax=cut.inputs)
     rerun = Rerun(module, arguments, cut, writes, (args, kwargs)) if runs_again else None
     run = Run(cut, writes)
-    with nullcontext() if rerun is None else rerun.watching(run):
+    looking = hooked(parts, cut.modules, each=cut.operations)
+    with (
+        nullcontext() if rerun is None else rerun.watching(run),
+        changing(looking, parts) if looking else nullcontext(),
+    ):
         result = run.call(module, arguments)
     writes.learn(run)
     stored = run.linearisation()
@@ -137,7 +141,7 @@ def _operations(run: Run) -> list[str]:
 
 
 def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mapping[int, Tensor]) -> None:
-    """Refuse leaf tensors that are no parameters: no gradient could reach them.
+    """Refuse what earlier passes have cut off: no gradient could reach it. Other leaf tensors train, whosever they are.
 
     Raises:
         ValueError: if there is one.
@@ -147,9 +151,8 @@ def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mappin
         return
     known = {id(p) for p in module.parameters()}
     for key, tensor in leaves.items():
-        if key not in known:
+        if key not in known and is_stand_in(tensor):
             raise ValueError(
-                f"the model read a tensor of shape {tuple(tensor.shape)} that requires grad but is neither one "
-                "of its parameters nor one of its inputs, so no gradient can reach it: register it as an "
-                "nn.Parameter, pass it to the model as an argument, or detach it"
+                f"the model read an activity of shape {tuple(tensor.shape)} of an earlier pass, which it kept, so no "
+                "gradient can reach it: return it and pass it to the model as an argument, or detach it"
             )

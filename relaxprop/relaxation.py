@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relaxprop._pytorch import graph_is_kept, is_view
+from relaxprop._pytorch import graph_is_kept, is_batched, is_view
 from relaxprop.graph import Gradients, Graph, States
 from relaxprop.solvers import Relaxation
 from relaxprop.update import Update
@@ -62,6 +62,7 @@ class RelaxationPhase(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_cotangents: Tensor | None) -> Any:
         refuse_second_derivative()
+        refuse_batched(output_cotangents)
         ctx.saved_tensors  # noqa: B018 (see forward)
         update, solve, keep = ctx.update, ctx.solve, graph_is_kept()
         if not keep:
@@ -84,4 +85,17 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "create_graph=True asks for a second derivative, and the relaxation phase gives first derivatives "
             "only: call backward() without create_graph, or differentiate the plain module (wrapper.module)"
+        )
+
+
+def refuse_batched(cotangents: Sequence[Tensor | None]) -> None:
+    """Refuse many cotangents at once, within a backward pass.
+
+    Raises:
+        RuntimeError: if ``is_grads_batched``, ``vectorize`` or ``torch.func.vmap`` asks for several products in one.
+    """
+    if any(x is not None and is_batched(x) for x in cotangents):
+        raise RuntimeError(
+            "several gradients are asked for at once (is_grads_batched, vectorize or vmap), and one relaxation phase "
+            "gives one: call torch.autograd.grad for one after the other, or use the plain module (wrapper.module)"
         )

@@ -20,7 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from relaxprop._pytorch import in_transform, is_compiled
+from relaxprop._pytorch import in_transform, is_compiled, is_tracing
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
@@ -120,8 +120,9 @@ class ActivationRelaxation(nn.Module):
     accumulation, or as a mean instead of a sum) makes it weigh more beside the gradient. The first backward pass of a
     setting measures that, and an `UnconvergedWarning` tells where it is much.
 
-    A hook on an activity, and a full backward hook on a submodule, belongs to its Jacobian: it runs in every product
-    with A. A loss that reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
+    A hook on an activity, or a full backward hook on a submodule, that changes the gradient belongs to the Jacobian: it
+    runs in every product with A. One that only looks is refused, as is a full backward hook on a vertex. A loss that
+    reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
 
     The arguments are attributes, which may be set anew between two passes.
 
@@ -155,8 +156,8 @@ class ActivationRelaxation(nn.Module):
         TypeError: ``module`` is no module or already wrapped, or an option has the wrong type; in the forward pass,
             tensors in an object that PyTorch cannot take apart.
         ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
-            the forward pass, ``module`` reads a tensor that requires grad and is neither its parameter nor its input,
-            or cannot be run again, as what is unfrozen needs.
+            the forward pass, ``module`` reads an activity that it has kept from an earlier pass,
+            differentiates by itself across a vertex, or cannot be run again, as what is unfrozen needs.
         NonFiniteStateError: in the backward pass, see ``check_finite``.
         RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func, or if something
             is unfrozen and ``module`` keeps a state that cannot be put back before it runs again; in the backward pass,
@@ -238,6 +239,11 @@ class ActivationRelaxation(nn.Module):
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings
+        if is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace would keep the forward pass without the relaxation phase: trace under "
+                "torch.no_grad(), or call torch.jit.trace on the plain module (wrapper.module)"
+            )
         if settings.solver.is_limit and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)
@@ -335,6 +341,8 @@ class ActivationRelaxation(nn.Module):
         called = set[nn.Module]()
 
         def watch(tensor: Tensor, name: str) -> Tensor:
+            if in_transform():  # nobody knows what a transform of torch.func makes of a hook
+                return tensor
             tensor.register_hook(partial(check_gradient, name))  # type: ignore[no-untyped-call]
             return tensor
 
@@ -349,7 +357,7 @@ class ActivationRelaxation(nn.Module):
             self._keep_record(REVERSE_MODE)
 
         each = settings.check_finite and are_operations(settings.vertices)
-        with Hooked(vertices, at_vertex), EachOperation(watch, cuts=False) if each else nullcontext():
+        with Hooked(vertices, at_vertex), EachOperation(watch) if each else nullcontext():
             result = self.module(*args, **kwargs)
         outputs = {id(t): t for t in tensors_requiring_grad(result)}
         if outputs and not self._told:

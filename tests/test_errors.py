@@ -263,20 +263,6 @@ def test_transforms_that_differentiate_by_themselves(solver: Solver) -> None:
         torch.func.grad(lambda z: squares(model(z)))(x)
 
 
-def test_a_tensor_from_outside_that_requires_grad() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.scale = mlp(3, 4, 2), [torch.ones(2, requires_grad=True)]
-
-        def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.net(x) * self.scale[0]
-            return output
-
-    with refuses(ValueError, "(2,)", "nn.Parameter"):
-        wrap(Scaled(), solver=PAPER)(torch.randn(2, 3))
-
-
 def test_a_result_that_pytorch_cannot_take_apart() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:

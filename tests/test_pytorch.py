@@ -241,6 +241,51 @@ def test_class_of_a_functions_nodes() -> None:
     assert not isinstance(x.sin().grad_fn, _pytorch.backward_class(Asks))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_is_seen() -> None:
+    seen, trace = list[bool](), cast(Any, torch.jit.trace)
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_pytorch.is_tracing())
+        return x + 1
+
+    look(torch.ones(1))
+    trace(look, torch.ones(1), check_trace=False)
+    assert seen == [False, True]
+
+
+def test_batched_tensors() -> None:
+    x, seen = torch.ones(2, requires_grad=True), list[bool]()
+    y = x * 2
+    y.register_hook(lambda g: seen.append(_pytorch.is_batched(g)))  # type: ignore[no-untyped-call]
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [False, True]
+
+    def look(row: Tensor) -> Tensor:
+        seen.append(_pytorch.is_batched(row))
+        return row
+
+    torch.func.vmap(look)(torch.eye(2))
+    assert seen == [False, True, True]
+
+
+def test_a_module_has_backward_hooks() -> None:
+    module, seen = nn.Linear(2, 2), list[str]()
+    assert not any(_pytorch.backward_hooks(module))
+    after = module.register_full_backward_hook(lambda *_: seen.append("after"))
+    before = module.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    hooks, pre_hooks = _pytorch.backward_hooks(module)
+    assert (len(hooks), len(pre_hooks)) == (1, 1)
+    for kept, name in ((hooks, "other after"), (pre_hooks, "other before")):
+        kept.update((key, lambda *_, name=name: seen.append(name)) for key in list(kept))
+    module(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert seen == ["other before", "other after"]
+    after.remove()
+    before.remove()
+    assert not any(_pytorch.backward_hooks(module))
+
+
 def test_a_module_has_hooks() -> None:
     module = nn.Linear(2, 2)
     for register in (module.register_forward_hook, module.register_forward_pre_hook):

@@ -8,7 +8,7 @@ Not judged: weights shared by places (convolution) or by moments (a layer that i
 sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
 Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
 
-May import: inspect.model, inspect.walk, operations, solvers, vertices, wrapper.
+May import: inspect.model, inspect.walk, sight, solvers, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from relaxprop.inspect.model import check_model, undisturbed
 from relaxprop.inspect.walk import KINDS, Reads, Walk
-from relaxprop.operations import uncompiled
+from relaxprop.sight import uncompiled
 from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import are_operations, named_parts
 from relaxprop.wrapper import ActivationRelaxation

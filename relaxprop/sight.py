@@ -1,0 +1,180 @@
+"""What a model would see wrongly of itself while its graph is cut: refused by name, with the way out.
+
+Its own derivatives would end at the next vertex, and what looks at a gradient on its way would see that of one product
+with A, of which there are many. `Equilibrium` cuts nothing, so there all of it is right.
+
+May import: _pytorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+from relaxprop._pytorch import (
+    backward_hooks,
+    in_forward_mode,
+    in_transform,
+    is_leaf_node,
+    leaf_of,
+    may_be_compiled,
+    tree_leaves,
+)
+
+_DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context within which compiled parts of a model run as they were written."""
+    if not may_be_compiled():  # then nothing is compiled, and the import would take a second
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+class Sight(TorchFunctionMode):
+    """Within it, the model is watched for derivatives and hooks of its own on what was cut.
+
+    Args:
+        model: the name of its class.
+        stand_ins: the ids of the stand-ins so far.
+
+    Raises:
+        ValueError: within it, the model differentiates what was cut, or retains a gradient there; later, in a product
+            with A, a hook that the model has put on an activity only looks.
+    """
+
+    def __init__(self, model: str, stand_ins: Callable[[], Collection[int]]) -> None:
+        super().__init__()
+        self.model = model
+        self.stand_ins = stand_ins
+
+    def __enter__(self) -> Sight:
+        self._uncompiled = uncompiled()  # compiled code announces nothing
+        self._uncompiled.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._uncompiled.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DIFFERENTIATING:
+            if self._meets_a_vertex((args, kwargs)):
+                raise cut_off(f"{self.model} calls {func.__name__} in its forward pass, which would end at a vertex")
+        elif func is Tensor.retain_grad:
+            if self._meets_a_vertex(args):
+                raise cut_off(
+                    f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
+                )
+        elif func is Tensor.register_hook and self._meets_a_vertex(args[:1]):
+            tensor, register, hook = args[0], cast(Any, func), kwargs["hook"] if kwargs else args[1]
+            where = f"that {self.model} puts on an activity of shape {tuple(tensor.shape)}"
+            return register(tensor, _must_change(hook, where))
+        return func(*args, **kwargs)
+
+    def _meets_a_vertex(self, nested: Any) -> bool:
+        """Whether any of the tensors was computed from a vertex."""
+        vertices = self.stand_ins()
+        if not vertices:
+            return False
+        stack: list[Node | None] = [
+            get_gradient_edge(x).node for x in tree_leaves(nested) if isinstance(x, Tensor) and x.requires_grad
+        ]
+        seen = set[Node]()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if is_leaf_node(node):
+                if id(leaf_of(node)) in vertices:
+                    return True
+            else:
+                stack += [source for source, _ in node.next_functions]
+        return False
+
+
+def refuse_nested_differentiation(model: str) -> None:
+    """Refuse to cut within what differentiates by other means than the recorded graph.
+
+    Raises:
+        ValueError: within a transform of torch.func, or in forward mode.
+    """
+    if in_transform():
+        raise cut_off(f"{model} uses a transform of torch.func in its forward pass, whose tensors cannot be cut")
+    if in_forward_mode():
+        raise cut_off(f"{model} differentiates in forward mode, whose tangents end at the next vertex")
+
+
+def cut_off(reason: str) -> ValueError:
+    """The error of a model that looks at itself across a cut."""
+    return ValueError(
+        f"{reason}: pass solver=Equilibrium(), which cuts nothing, or let the model do without it in training"
+    )
+
+
+def hooked(parts: Mapping[nn.Module, str], vertices: Collection[nn.Module], *, each: bool) -> list[nn.Module]:
+    """The parts with full backward hooks.
+
+    Args:
+        parts: by module, its name.
+        vertices: the modules whose outputs are vertices.
+        each: whether every operation is a vertex.
+
+    Raises:
+        ValueError: a vertex is cut between the module's output and its input.
+    """
+    found = [m for m in parts if any(backward_hooks(m))]
+    for module in found:
+        if each or module in vertices:
+            names = " and ".join(_name(hook) for hooks in backward_hooks(module) for hook in hooks.values())
+            raise cut_off(
+                f"module {parts[module]!r} ({type(module).__name__}) has a full backward hook, {names}, which would "
+                "not see its gradients, as the graph is cut at a vertex within"
+            )
+    return found
+
+
+@contextmanager
+def changing(modules: Collection[nn.Module], parts: Mapping[nn.Module, str]) -> Iterator[None]:
+    """Within it, calls of the modules take only those full backward hooks that change the gradient."""
+    places = [(m, hooks) for m in modules for hooks in backward_hooks(m)]
+    own = [dict(hooks) for _, hooks in places]
+    for module, hooks in places:
+        where = f"of module {parts[module]!r} ({type(module).__name__})"
+        for key, hook in hooks.items():
+            hooks[key] = _must_change(hook, where)
+    try:
+        yield
+    finally:
+        for (_, hooks), kept in zip(places, own, strict=True):
+            hooks.update((key, hook) for key, hook in kept.items() if key in hooks)
+
+
+def _must_change(hook: Callable[..., Any], where: str) -> Callable[..., Any]:
+    """The hook, refused where it leaves the gradient as it is: it is there for what it sees, which is no gradient."""
+
+    @wraps(hook)
+    def changing(*args: Any) -> Any:
+        result = hook(*args)
+        if result is None:
+            raise cut_off(
+                f"the hook {_name(hook)} {where} only looks at what arrives, but that is one product with A out of many"
+            )
+        return result
+
+    return changing
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__)).rpartition(".")[2]
