@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from relaxprop.nested import tensors_in
 from relaxprop.snapshot import Snapshot, alike, but_for
-from relaxprop.vertices import Hooked, named_parts
+from relaxprop.vertices import named_parts
 from relaxprop.wrapper import ActivationRelaxation
 
 LossFunction = Callable[[Any], Tensor]
@@ -68,8 +68,13 @@ class SamePass:
                         f"else in the second one, {but_for(Snapshot(self._module).shared)}"
                     )
 
-        with Hooked(self._names, note):
+        # Not `Hooked`, which leaves alone what belongs to another run, as each of these passes is.
+        handles = [nn.Module.register_forward_hook(part, note) for part in self._names]
+        try:
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def check_model(model: object) -> None:
