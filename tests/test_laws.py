@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relaxprop import PAPER, ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler
 from relaxprop.graph import Graph, States, Vertex
+from relaxprop.recording import record
 from relaxprop.solvers import Solver
 from relaxprop.transients import Order, discrete_hops
 from relaxprop.update import gradients as weight_gradients
@@ -348,6 +349,18 @@ def test_closed_form_visits_by_the_longest_path_where_paths_differ(monkeypatch: 
     _, record = PAPER.solve(graph)
     assert counted.onto == [{b, c, d}, {a, b, c, d}]
     assert record.transports == 2
+
+
+@pytest.mark.parametrize("depth", [10, 40])
+def test_a_sweep_asks_each_level_for_what_it_reads_only(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vertex a level on a chain: linear in depth, where all that are still to come would be quadratic."""
+    network, x = mlp(*[3] * (depth + 2)).double(), torch.randn(2, 3).double()
+    graph = record(network, "activations", [x]).graph
+    graph.drive_outputs([torch.ones_like(graph.outputs[0])])
+    counted = CountedTransports(monkeypatch)
+    states = graph.sweep(lambda _, arriving: arriving)
+    assert [len(onto) for onto in counted.onto] == [1] * (depth - 1)
+    assert len(states) == depth
 
 
 @pytest.mark.parametrize("solver", [ClosedForm(0.9, 100), ClosedForm(1.0, 1, order="sequential"), Continuous(200.0)])
