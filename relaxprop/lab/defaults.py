@@ -155,7 +155,8 @@ def write(found: Sequence[LastLoss], minibatches: int, folder: Path, command: st
     seeds = len({x.seed for x in found})
     about = (
         f"Training loss in nats per label, mean over the last {LAST} of {minibatches} minibatches ({BATCH} images, or "
-        f"{BATCH // 4} sequences) and over {seeds} seeds; *largest difference*: of the default to backpropagation, at any seed."
+        f"{BATCH // 4} sequences) and over {seeds} seeds; *largest difference*: of the default to backpropagation, at "
+        "any seed."
     )
     write_atomically(folder / "table.md", f"{markdown_table(header, rows)}\n{about}\n")
     kept = {"command": command, "environment": environment(), "minibatches": minibatches}
