@@ -25,6 +25,7 @@ from torch.utils._pytree import arg_tree_leaves, tree_leaves, tree_map
 
 __all__ = [
     "LEAF_OVERWRITTEN",
+    "accumulated_hooks",
     "arg_tree_leaves",
     "arrived_hooks",
     "backward_class",
@@ -168,6 +169,11 @@ def is_batched(x: Tensor) -> bool:
     ``is_grads_batched``. There is no public name."""
     functorch: Any = torch._C._functorch
     return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
+
+
+def accumulated_hooks(x: Tensor) -> dict[int, Any] | None:
+    """The hooks of ``Tensor.register_post_accumulate_grad_hook``, which can be registered in public, but not seen."""
+    return x._post_accumulate_grad_hooks
 
 
 def arrived_hooks(x: Tensor) -> dict[int, Any] | None:

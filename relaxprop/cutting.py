@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
+from relaxprop._pytorch import LEAF_OVERWRITTEN, accumulated_hooks, arrived_hooks, is_checkpointed, is_view, version
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.nested import map_tensors, rebuilt, tensors_requiring_grad
@@ -277,7 +277,6 @@ class Run:
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
             stand_in.register_post_accumulate_grad_hook(partial(_refuse_stray_gradient, origin))  # type: ignore[no-untyped-call]
-            stand_in.__dict__[_STAND_IN] = True
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -297,12 +296,10 @@ def other_path() -> RuntimeError:
     )
 
 
-_STAND_IN = "relaxprop_stand_in"
-
-
 def is_stand_in(leaf: Tensor) -> bool:
-    """Whether a recorded pass, this one or an earlier one, has handed the leaf tensor on."""
-    return _STAND_IN in leaf.__dict__
+    """Whether a recorded pass, this one or an earlier one, has handed the leaf tensor on: its hook says so."""
+    hooks = accumulated_hooks(leaf) or {}
+    return any(isinstance(hook, partial) and hook.func is _refuse_stray_gradient for hook in hooks.values())
 
 
 def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:

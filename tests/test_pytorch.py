@@ -202,6 +202,15 @@ def test_views_and_their_bases() -> None:
     assert x.contiguous() is x
 
 
+def test_accumulated_hooks_are_those_that_were_registered() -> None:
+    x = leaf(2)
+    assert not _pytorch.accumulated_hooks(x)
+    hook = x.register_post_accumulate_grad_hook(print)  # type: ignore[no-untyped-call]
+    assert list((_pytorch.accumulated_hooks(x) or {}).values()) == [print]
+    hook.remove()
+    assert not _pytorch.accumulated_hooks(x)
+
+
 def test_arrived_hooks_can_be_set_aside() -> None:
     x, seen = leaf(2), list[Tensor]()
     assert not _pytorch.arrived_hooks(x)
