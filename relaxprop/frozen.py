@@ -41,8 +41,9 @@ class Frozen:
             setting for tests of the paper, since no brain can relax the world. It needs one of the others unfrozen, and
             means every argument of floating-point numbers.
 
-    PyTorch's random state, buffers, autocast and the training mode are the feedforward pass's own in every later run of
-    the model; what else a model or its hooks do (draw from another generator, count on an attribute), they do again.
+    Generators, buffers, plain attributes, autocast and the training mode are the feedforward pass's own in every later
+    run of the model. What is out of reach (a closure, a generator outside of the model) is noticed in the first pass of
+    a setting where it changes an activity, and refused.
 
     Raises:
         TypeError: a value that is no bool.

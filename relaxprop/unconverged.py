@@ -42,13 +42,13 @@ def tell(solver: Solver, graph: Graph, states: States) -> None:
     if not share > NOTABLE:
         return
     step_size = float(getattr(solver, "step_size", STEP_SIZE))
-    steps = planned_steps(graph.depth, step_size, getattr(solver, "order", "simultaneous"))
+    steps = planned_steps(graph.depth, step_size, "simultaneous")
     warn_user(
         f"{share:.0%} of the final state of vertex {name!r} is left of the initial state, and is not the gradient: "
         f"{solver} does not converge in this graph of depth {graph.depth}, so that the gradients from there to the "
         "input are far from backpropagation's, the farther the smaller the loss is (a mean instead of a sum). Pass "
-        f"solver=Equilibrium(), or relax until converged: ClosedForm() or Euler(), which takes {steps} steps of "
-        f"{step_size:g} here. If the transient is what you study, filter relaxprop.UnconvergedWarning",
+        f"solver=Equilibrium(), or relax until converged: ClosedForm() or Euler({step_size:g}), which takes {steps} "
+        "steps here. If the transient is what you study, filter relaxprop.UnconvergedWarning",
         UnconvergedWarning,
     )
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from relaxprop import PAPER, ActivationRelaxation
@@ -105,25 +105,13 @@ def _last_loss(setting: Setting, rule: str, seed: int, minibatches: int, data: M
     return statistics.fmean(losses[-LAST:])
 
 
-class _Logits(nn.Module):
-    """A model of Hugging Face as PyTorch's losses expect it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x).logits
-        return logits.movedim(-1, 1)
-
-
 def _network(name: str, dataset: Dataset) -> nn.Module:
     classes = len(dataset.classes)
     if name == "ResNet":
         enlarged = nn.Upsample(scale_factor=3.0)  # digits are of 8×8 pixels, too few for its strides
-        return nn.Sequential(enlarged, _Logits(models.resnet(1, classes, (8, 16, 32), (1, 1, 1))))
+        return nn.Sequential(enlarged, models.Logits(models.resnet(1, classes, (8, 16, 32), (1, 1, 1))))
     if name == "12-layer transformer":
-        return _Logits(models.gpt2(classes, dataset.train.images.shape[1], width=32, layers=12, heads=2))
+        return models.Logits(models.gpt2(classes, dataset.train.images.shape[1], width=32, layers=12, heads=2))
     activation, depth = name.split(" ")[0], int(name.split(", ")[1].split(" ")[0])
     widths = [dataset.train.images[0].numel(), *[WIDTH] * depth]
     layers: list[nn.Module] = [nn.Flatten()]

@@ -83,9 +83,9 @@ def _network(name: str, dataset: Dataset) -> nn.Module:
         if min(dataset.image_shape[1:]) < 17:  # else the last block's normalisation sees one pixel
             height, width = dataset.image_shape[1:]
             raise ModelError(f"the resnet needs images of at least 17×17 pixels, got {height}×{width}")
-        return _Logits(resnet(dataset.image_shape[0], classes, (16, 32, 64), (1, 1, 1)))
+        return Logits(resnet(dataset.image_shape[0], classes, (16, 32, 64), (1, 1, 1)))
     if name == "transformer":
-        return _Logits(gpt2(classes, dataset.train.images.shape[1], width=64, layers=2, heads=4))
+        return Logits(gpt2(classes, dataset.train.images.shape[1], width=64, layers=2, heads=4))
     if name == "mlp":
         return _mlp([math.prod(dataset.image_shape), 300, 300, 100, classes])
     if name == "cnn":
@@ -102,7 +102,7 @@ def _initialise(model: nn.Module) -> None:
             parameter.zero_()
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
     """A model of Hugging Face as PyTorch's losses expect it: (n, classes), or (n, classes, T) for a sequence."""
 
     def __init__(self, network: nn.Module) -> None:
