@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeGuard, cast
@@ -50,6 +50,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "version",
+    "with_backward_hooks",
 ]
 
 LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
@@ -167,8 +168,11 @@ def base(x: Tensor) -> Tensor | None:
 def is_batched(x: Tensor) -> bool:
     """Whether the tensor stands for many, one for each run of a ``vmap``, be it torch.func's or that of
     ``is_grads_batched``. There is no public name."""
-    functorch: Any = torch._C._functorch
-    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
+    return bool(_is_batched(x) or _is_batched_by_engine(x))
+
+
+_is_batched: Any = torch._C._functorch.is_batchedtensor
+_is_batched_by_engine: Any = torch._C._functorch.is_legacy_batchedtensor
 
 
 def accumulated_hooks(x: Tensor) -> dict[int, Any] | None:
@@ -214,8 +218,7 @@ def is_leaf_node(node: object) -> TypeGuard[Node]:
 
 def leaf_of(node: Node) -> Tensor:
     """The leaf tensor that a leaf's node stands for. PyTorch shows ``variable`` in its tutorials only."""
-    variable: Tensor = cast(Any, node).variable
-    return variable
+    return node.variable  # type: ignore[attr-defined, no-any-return]
 
 
 _ACCUMULATE_GRAD: Any = type(get_gradient_edge(torch.empty(0, requires_grad=True)).node)
@@ -267,3 +270,8 @@ def backward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     Of the older kind, without "full", PyTorch keeps the hooks in the same place.
     """
     return module._backward_hooks, module._backward_pre_hooks
+
+
+def with_backward_hooks(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules that have any of the `backward_hooks`."""
+    return [m for m in modules if m._backward_hooks or m._backward_pre_hooks]

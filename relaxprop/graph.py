@@ -23,7 +23,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple, cast
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from relaxprop._pytorch import is_leaf_node, leaf_of, run_backward
 
 
+@final
 class Vertex:
     """One activity of the graph: a tensor that a module or an operation computed in the feedforward pass."""
 
@@ -217,7 +218,7 @@ class Graph:
             if type(place) is Vertex:
                 found[place] = None
             elif place not in seen:
-                seen.add(cast(Node, place))
+                seen.add(place)
                 stack += self._inputs[place]
         return list(found)
 
@@ -228,7 +229,7 @@ class Graph:
 
     def nodes(self) -> list[Node]:
         """The nodes of PyTorch's graph, each after those that it reads."""
-        return [cast(Node, place) for place in self._upstream if type(place) is not Vertex]
+        return [place for place in self._upstream if type(place) is not Vertex]
 
     # ---------------------------------------------------------------------------------------------- the operator A
 
@@ -364,7 +365,7 @@ def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, T
     if type(place) is Vertex:
         return [_place(place.output, vertex_of)]
     inputs: list[_Place] = []
-    edges = ((place, 0),) if is_leaf_node(place) else cast(Node, place).next_functions
+    edges = ((place, 0),) if is_leaf_node(place) else place.next_functions
     for node, _ in edges:
         if is_leaf_node(node):
             variable = leaf_of(node)

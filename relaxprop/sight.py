@@ -26,6 +26,7 @@ from relaxprop._pytorch import (
     leaf_of,
     may_be_compiled,
     tree_leaves,
+    with_backward_hooks,
 )
 
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
@@ -134,7 +135,7 @@ def hooked(parts: Mapping[nn.Module, str], vertices: Collection[nn.Module], *, e
     Raises:
         ValueError: a vertex is cut between the module's output and its input.
     """
-    found = [m for m in parts if any(backward_hooks(m))]
+    found = with_backward_hooks(parts)
     for module in found:
         if each or module in vertices:
             names = " and ".join(_name(hook) for hooks in backward_hooks(module) for hook in hooks.values())

@@ -150,8 +150,23 @@ _SCHEDULES: dict[Order, str] = {
 }
 
 
+class _Stepped(Solver):
+    """A solver whose states are those after n steps of one size."""
+
+    step_size: float
+    num_steps: int | None
+    order: Order
+
+    def steps(self, depth: int) -> int:
+        """n for a graph of this depth."""
+        return planned_steps(depth, self.step_size, self.order) if self.num_steps is None else int(self.num_steps)
+
+    def hops(self, depth: int) -> Hops:
+        return discrete_hops(depth, float(self.step_size), self.steps(depth), self.order)
+
+
 @dataclass(frozen=True)
-class Euler(Solver):
+class Euler(_Stepped):
     """Algorithm 1, step by step: ``x ← x + η (A x + s − x)``.
 
     Args:
@@ -199,13 +214,6 @@ class Euler(Solver):
         hops = discrete_hops(graph.depth, float(self.step_size), steps, self.order)
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
-
-    def steps(self, depth: int) -> int:
-        """n for a graph of this depth."""
-        return planned_steps(depth, self.step_size, self.order) if self.num_steps is None else int(self.num_steps)
-
-    def hops(self, depth: int) -> Hops:
-        return discrete_hops(depth, float(self.step_size), self.steps(depth), self.order)
 
     def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
@@ -257,9 +265,10 @@ class _Linear(Solver):
             states, transports = graph.sweep(lambda _, arriving: arriving), 1
         else:
             states, transports = _horner(graph, hops)
-        return states, _record(graph, states, hops, num_steps=self._num_steps(graph.depth), transports=transports)
+        return states, _record(graph, states, hops, num_steps=self.steps(graph.depth), transports=transports)
 
-    def _num_steps(self, depth: int) -> int | None:
+    def steps(self, depth: int) -> int | None:
+        """n for a graph of this depth; None where the solver has no steps."""
         return None
 
 
@@ -290,7 +299,7 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
 
 
 @dataclass(frozen=True)
-class ClosedForm(_Linear):
+class ClosedForm(_Stepped, _Linear):
     """The states after ``num_steps`` Euler steps, to rounding, in at most D − 1 products with A (D: the graph's depth).
 
     Where nothing of the initial state is left, one reverse sweep replaces them. That is so by default, "while not
@@ -320,9 +329,6 @@ class ClosedForm(_Linear):
         _check_num_steps(self.num_steps)
         check_order(self.order, ("simultaneous", "sequential"))
 
-    def hops(self, depth: int) -> Hops:
-        return self.replay().hops(depth)
-
     @property
     def is_limit(self) -> bool:
         return self.num_steps is None
@@ -330,9 +336,6 @@ class ClosedForm(_Linear):
     @property
     def schedule(self) -> str:
         return f"closed form; {_SCHEDULES[self.order]}"
-
-    def _num_steps(self, depth: int) -> int:
-        return self.replay().steps(depth)
 
     def replay(self) -> Euler:
         return Euler(self.step_size, self.num_steps, order=self.order)
