@@ -40,6 +40,7 @@ __all__ = [
     "is_checkpointed",
     "is_compiled",
     "is_leaf_node",
+    "is_opaque",
     "is_tracing",
     "is_view",
     "leaf_of",
@@ -261,6 +262,16 @@ def is_compiled(module: nn.Module) -> bool:
     """
     return may_be_compiled() and (
         isinstance(module, torch._dynamo.OptimizedModule) or vars(module).get("_compiled_call_impl") is not None
+    )
+
+
+def is_opaque(kind: type[nn.Module]) -> bool:
+    """Whether the modules of this class are more than the class says, as scripted and compiled ones are.
+
+    The class of the modules that ``torch.compile`` returns has no public name.
+    """
+    return issubclass(kind, torch.jit.ScriptModule) or (
+        may_be_compiled() and issubclass(kind, torch._dynamo.OptimizedModule)
     )
 
 

@@ -1,11 +1,11 @@
 """The wrapper: a module whose ``loss.backward()`` runs Activation Relaxation, and its settings.
 
 What relaxes and how is not here: `relaxation` has the equations, `recording` the recorded pass. Here is what a model
-needs around them: settings that are checked whole, the shortcut at equilibrium, what is told after a relaxation phase,
-and the state dictionary.
+needs around them: settings that are checked whole, the shortcut at equilibrium, and what is told after a relaxation
+phase. How the wrapper stands in the module's place is `transparent`.
 
 May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, probe, recording, relaxation,
-solvers, unconverged, update, vertices.
+solvers, transparent, unconverged, update, vertices.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from relaxprop.probe import check_repeatable
 from relaxprop.recording import InitialState, OutputRule, Recording, record
 from relaxprop.relaxation import RelaxationPhase, Solve, refuse_second_derivative
 from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, check_solves, solver_names
+from relaxprop.transparent import Transparent
 from relaxprop.unconverged import tell, warn_user
 from relaxprop.update import Update
 from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
@@ -102,7 +103,7 @@ def _shown(value: object) -> str:
 _SETTINGS = {field.name for field in fields(Settings)}
 
 
-class ActivationRelaxation(nn.Module):
+class ActivationRelaxation(Transparent):
     r"""Trains ``module`` by Activation Relaxation: ``loss.backward()`` runs (1), then (2), instead of backpropagation.
 
         (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i |_x̄        relaxation phase, started at x_i = x̄_i
@@ -110,9 +111,11 @@ class ActivationRelaxation(nn.Module):
 
     (Millidge et al., arXiv 2010.06219, Algorithm 1; a state x_i has the shape of its activity x̄_i.)
 
-    Everything else stays as it is: the loss, the optimiser, the training loop. The state dictionary is that of
-    ``module``, without a prefix (``named_parameters`` have the prefix ``module.``, as of any part). In evaluation
-    (``torch.no_grad()``) the module is called directly.
+    Everything else stays as it is: the loss, the optimiser, the training loop. The wrapper stands in the module's place
+    (`transparent`): it has the names of its parameters and submodules, its attributes and methods, its signature, and
+    its class. What relaxes is what a call of the wrapper computes; a method that calls submodules directly is
+    backpropagation's. In evaluation (``torch.no_grad()``) the module is called directly, and so it is where
+    ``torch.jit.trace`` or ``torch.export`` follows.
 
     By default the phase relaxes until converged: for as many steps as leave no more than rounding of the initial state,
     so that the gradients are backpropagation's. After a given number of steps something of the initial state is left.
@@ -124,7 +127,9 @@ class ActivationRelaxation(nn.Module):
     runs in every product with A. One that only looks is refused, as is a full backward hook on a vertex. A loss that
     reads an activity which ``module`` keeps and does not return is refused by ``loss.backward()``.
 
-    The arguments are attributes, which may be set anew between two passes.
+    The arguments are attributes, which may be set anew between two passes. Where the module has an attribute of the
+    same name (``output``), the name is the module's: ``settings`` has them all, and may be set as a whole
+    (``dataclasses.replace(model.settings, output="relaxed")``).
 
     Args:
         module: any module; its result may be nested in tuples, lists, dicts, or be the loss itself.
@@ -150,11 +155,14 @@ class ActivationRelaxation(nn.Module):
             beside activation modules, a vertex that the model does not call.
 
     Attributes:
+        module: the plain module.
+        settings: the arguments, a frozen record.
         last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
 
     Raises:
-        TypeError: ``module`` is no module or already wrapped, or an option has the wrong type; in the forward pass,
-            tensors in an object that PyTorch cannot take apart.
+        TypeError: ``module`` is no module, is already wrapped, or is one that has to be outside of the wrapper
+            (``DistributedDataParallel``, ``fully_shard``, a ``LightningModule``); or an option has the wrong type; in
+            the forward pass, tensors in an object that PyTorch cannot take apart.
         ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
             the forward pass, ``module`` reads an activity that it has kept from an earlier pass,
             differentiates by itself across a vertex, or cannot be run again, as what is unfrozen needs.
@@ -178,6 +186,7 @@ class ActivationRelaxation(nn.Module):
     report_unrelaxed: bool
 
     settings: Settings
+    last_relaxation: Relaxation | None
     _writes: Writes
     _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
     _measured: bool  # likewise a relaxation phase
@@ -197,53 +206,54 @@ class ActivationRelaxation(nn.Module):
         keep_states: bool = False,
         report_unrelaxed: bool = False,
     ) -> None:
-        super().__init__()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        if any(isinstance(m, ActivationRelaxation) for m in module.modules()):
-            raise TypeError("module is, or contains, an ActivationRelaxation already: wrap the plain module once")
-        self.module = module
-        self.last_relaxation: Relaxation | None = None
+        _refuse_outer(module)
+        super().__init__(module)
+        self._keep_record(None)
         self._configure(
             Settings(
                 solver, vertices, frozen, initial, output, check_finite, measure_residual, keep_states, report_unrelaxed
             )
         )
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
 
     def _configure(self, settings: Settings) -> None:
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings must be a Settings(…), as wrapper.settings is, got {_shown(settings)}")
         find_vertices(self.module, settings.vertices)
         # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
         vars(self).update(settings=settings, **_of_first_pass())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's first pass is to be looked at as any other's.
-        return vars(self) | _of_first_pass()
+        return super().__getstate__() | _of_first_pass()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked whole whenever one is set, and hold from the next pass on."""
-        if name in _SETTINGS:
-            self._configure(replace(self.settings, **{name: value}))
-        else:
+        if name == "settings":
+            self._configure(value)
+        elif name not in _SETTINGS:
             super().__setattr__(name, value)
+        elif not hasattr(self.module, name):
+            self._configure(replace(self.settings, **{name: value}))
+        elif isinstance(value, nn.Module | Tensor):
+            super().__setattr__(name, value)
+        else:
+            raise AttributeError(
+                f"{name!r} is a setting of ActivationRelaxation and an attribute of {type(self.module).__name__}: set "
+                f"wrapper.settings = dataclasses.replace(wrapper.settings, {name}=…), or wrapper.module.{name}"
+            )
 
     def __getattr__(self, name: str) -> Any:
-        if name in _SETTINGS and "settings" in vars(self):
+        if name in _SETTINGS and "settings" in vars(self) and not hasattr(self.module, name):
             return getattr(self.settings, name)
         return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own result."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or is_tracing() or torch.compiler.is_exporting():
             return self.module(*args, **kwargs)
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings
-        if is_tracing():
-            raise RuntimeError(
-                "torch.jit.trace would keep the forward pass without the relaxation phase: trace under "
-                "torch.no_grad(), or call torch.jit.trace on the plain module (wrapper.module)"
-            )
         if settings.solver.is_limit and self._is_reverse_mode():
             return self._reverse_mode(args, kwargs)
         recording = self.record(args, kwargs)
@@ -321,7 +331,7 @@ class ActivationRelaxation(nn.Module):
             if relaxation.remaining and not relaxation.converged:  # neither is known of a nonlinear relaxation
                 tell(settings.solver, graph, states)
 
-    def _keep_record(self, relaxation: Relaxation) -> None:
+    def _keep_record(self, relaxation: Relaxation | None) -> None:
         vars(self)["last_relaxation"] = relaxation
 
     def _is_reverse_mode(self) -> bool:
@@ -379,26 +389,40 @@ class ActivationRelaxation(nn.Module):
         initial = "" if settings.initial == "feedforward" else f", initial={settings.initial}"
         return f"solver={settings.solver}, vertices={', '.join(names)}, output={settings.output}{initial}{frozen}"
 
-    # The wrapper adds no state of its own, so a checkpoint of the plain module fits, and the other way round.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own state dictionary."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dictionary of the module's own kind."""
-        return self.module.load_state_dict(state_dict, strict=strict, assign=assign)
-
 
 def _of_first_pass() -> dict[str, Any]:
     """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
     return {"_writes": Writes(), "_told": False, "_measured": False, "_probed": set()}
 
 
-def _add_prefix(wrapper: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Where the wrapper is a part of a larger model, that model's loading looks for its child's full name."""
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+def _refuse_outer(module: object) -> None:
+    """Refuse what has to be outside of the wrapper, or cannot be wrapped.
+
+    Raises:
+        TypeError: names the class and the right order.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    for name, part in module.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        what = f"the part {name!r} of module is" if name else "module is"
+        if isinstance(part, ActivationRelaxation):
+            raise TypeError(f"{what} an ActivationRelaxation already: wrap the plain module once")
+        for kind in kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
+            raise TypeError(
+                f"{what} a {kind}, whose hooks would see each product of the relaxation phase, and not the gradients: "
+                f"wrap the plain module, then pass the wrapper on, {kind}(ActivationRelaxation(…))"
+            )
+        if not name and "FSDPModule" in kinds:
+            raise TypeError(
+                f"{what} sharded by fully_shard, which would then gather it within each product of the relaxation "
+                "phase: wrap the plain module, then call fully_shard on the wrapper"
+            )
+        if "LightningModule" in kinds:
+            raise TypeError(
+                f"{what} a LightningModule, whose training_step Lightning calls, and not its forward, so that nothing "
+                "would relax: wrap the network within it, self.network = ActivationRelaxation(network)"
+            )
 
 
 def _tell_missing(

@@ -53,16 +53,16 @@ def certificate(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> dic
         ValueError: the relaxation's derivative is not frozen, so that the states are no weighted sum.
     """
     check_model(model)
-    if not model.frozen.relaxation_derivative:
+    if not model.settings.frozen.relaxation_derivative:
         raise ValueError(
             f"the weight of the initial state is known before the relaxation only where its derivative is frozen, got "
-            f"a model with frozen={model.frozen}: compare the outcome by alignment"
+            f"a model with frozen={model.settings.frozen}: compare the outcome by alignment"
         )
     with undisturbed(model), torch.enable_grad():
         recording = model.record(inputs, kwargs)
     graph = recording.graph
     held = graph.held()
-    weights = np.cumsum(np.abs(model.solver.hops(graph.depth).initial))
+    weights = np.cumsum(np.abs(model.settings.solver.hops(graph.depth).initial))
     nearest_first = sorted(graph.heights(held).items(), key=lambda item: (item[0] not in held, item[1]))
     return {v.name: 0.0 if v in held else float(weights[height]) for v, height in nearest_first}
 
@@ -107,12 +107,13 @@ def convergence(
         RuntimeError: the passes differ, as the model keeps a state where it is not put back.
     """
     check_model(model)
-    if model.frozen != ALL_FROZEN:
+    frozen = model.settings.frozen
+    if frozen != ALL_FROZEN:
         raise ValueError(
-            f"convergence follows the relaxation with everything frozen, got a model with frozen={model.frozen}: wrap "
+            f"convergence follows the relaxation with everything frozen, got a model with frozen={frozen}: wrap "
             "its module (model.module) without frozen, or compare the outcome by alignment"
         )
-    followed = model.solver if solver is None else solver
+    followed = model.settings.solver if solver is None else solver
     euler = followed if isinstance(followed, Euler) else followed.replay() if isinstance(followed, Solver) else None
     if euler is None:
         raise ValueError(f"solver: {followed} has no steps to follow, pass solver=Euler(step_size, num_steps)")

@@ -85,7 +85,7 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) 
                 f"describe_locality cannot see into the scripted module {name!r}: describe the model as it was before "
                 "it was scripted"
             )
-    if are_operations(model.vertices):
+    if are_operations(model.settings.vertices):
         raise ValueError(
             "describe_locality goes from layer to layer, got a model with vertices='operations': wrap its module "
             "(model.module) with vertices='modules' or 'activations'"
@@ -93,7 +93,7 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) 
     try:
         with undisturbed(model), torch.enable_grad(), uncompiled():
             walk = Walk(model, inputs, kwargs)
-            return Locality((*walk.states(), *walk.layers()), _schedule(model.solver))
+            return Locality((*walk.states(), *walk.layers()), _schedule(model.settings.solver))
     except TypeError as error:  # an argument is missing
         if not (inputs or kwargs):
             error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")

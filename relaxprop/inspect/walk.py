@@ -120,7 +120,7 @@ class Walk:
     """
 
     def __init__(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.module, self.frozen = model.module, model.frozen
+        self.module, self.frozen = model.module, model.settings.frozen
         self.names = {m: name or type(m).__name__ for name, m in model.module.named_modules()}
         self.modules = {name: m for m, name in self.names.items()}
         self.vertices: dict[Vertex, Node] = {}
