@@ -60,8 +60,8 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
         The module itself.
 
     Raises:
-        TypeError: ``module`` is no module, or an option no bool.
-        ValueError: no activation module in ``module``, or one that is not elementwise or has parameters or layers
+        TypeError: if ``module`` is not a module, or an option is neither True nor False.
+        ValueError: if ``module`` has no activation module, or one that is not elementwise or has parameters or layers
             of its own, whose gradients would be lost with f'. Nothing has changed then.
     """
     if not isinstance(module, nn.Module):
@@ -85,7 +85,7 @@ def drop_derivatives(module: M, *, relaxation: bool = True, update: bool = True)
 
 
 def _why_not(activation: nn.Module) -> str | None:
-    """Why f' → 1 means nothing for an activation, if so."""
+    """The reason why f' → 1 means nothing for an activation; None if it means something."""
     name = plain_class(activation).__name__
     if isinstance(activation, _NOT_ELEMENTWISE):
         return f"{name} is not an elementwise function, so f' → 1 means nothing for it"

@@ -51,7 +51,7 @@ class Synapses(NamedTuple):
     Attributes:
         forward: ``u = W x + b``, called with the layer, x, W, and what else the layer is called with.
         adjoint: ``B^T g``, called with the layer, B, g and the shape of x.
-        why_not: why a layer of this kind cannot have backwards weights, if so.
+        why_not: the reason why a layer cannot have backwards weights; None if it can.
     """
 
     forward: Callable[..., Tensor]
@@ -80,10 +80,10 @@ def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn
         The module itself.
 
     Raises:
-        TypeError: ``module`` is no module, or ``skip`` no iterable of modules and classes.
-        ValueError: an unknown rule; no such layer in ``module``; a module to skip that is not part of it; or a part
-            with parameters of its own for which no backwards weights are known, or they would not be right. Nothing
-            has changed then.
+        TypeError: if ``module`` is not a module, or ``skip`` is not an iterable of modules and classes.
+        ValueError: if the rule is unknown, ``module`` has no such layer, a module to skip is not part of it, or a part
+            has parameters of its own for which no backwards weights are known or would be right. Nothing has changed
+            then.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -139,7 +139,7 @@ def _check(module: nn.Module, skipped: set[nn.Module]) -> None:
 
 
 def _why_not(module: nn.Module) -> str | None:
-    """Why backwards weights would not be right for a module with parameters of its own, if so."""
+    """The reason why backwards weights would not be right for a module with parameters of its own; None if they are."""
     base = plain_class(module)
     if isinstance(module, nn.MultiheadAttention):
         return "MultiheadAttention reads its layers' weights without calling the layers"

@@ -19,8 +19,8 @@ class NonFiniteStateError(FloatingPointError):
     """A state became infinite or not-a-number in the relaxation phase.
 
     Attributes:
-        vertex: name of the vertex.
-        step: the step after which it was so (0: already at its start); None if the solver has no steps.
+        vertex: the name of the vertex.
+        step: the step after which its state was not finite (0: before the first); None if the solver has no steps.
     """
 
     def __init__(self, vertex: str, step: int | None) -> None:
@@ -40,7 +40,7 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
     """Refuse states that are infinite or not a number.
 
     Raises:
-        NonFiniteStateError: names the first vertex and step where it was so.
+        NonFiniteStateError: if there is one; it names the vertex and the step where the first one was.
     """
     overflowed = _first_not_finite(states)
     if overflowed is None:
@@ -68,7 +68,7 @@ def check_gradient(vertex: str, x: Tensor | None) -> None:
     """Refuse a gradient that is infinite or not a number; None where the loss reads another part of an operation only.
 
     Raises:
-        NonFiniteStateError: names the vertex.
+        NonFiniteStateError: if it is; the error names the vertex.
     """
     if x is not None and not is_batched(x) and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
         raise NonFiniteStateError(vertex, None)

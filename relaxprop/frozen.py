@@ -46,8 +46,8 @@ class Frozen:
     a setting where it changes an activity, and refused.
 
     Raises:
-        TypeError: a value that is no bool.
-        ValueError: only ``input`` is unfrozen, which would change no gradient.
+        TypeError: if a value is neither True nor False.
+        ValueError: if only ``input`` is unfrozen, which would change no gradient.
     """
 
     relaxation_derivative: bool = True

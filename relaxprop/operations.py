@@ -40,7 +40,7 @@ class EachOperation(TorchFunctionMode):
         model: the name of the model's class where the graph is cut there, None where it is not.
 
     Raises:
-        ValueError: within it, where the graph is cut, the model uses a transform of torch.func.
+        ValueError: within it, if the graph is cut and the model uses a transform of torch.func.
     """
 
     def __init__(self, replace: Callable[[Tensor, str], Tensor], *, model: str | None = None) -> None:

@@ -37,7 +37,7 @@ def check_repeatable(module: nn.Module, update: Update) -> bool:
         Whether there was anything to be seen: not where ∂L/∂(outputs) is not finite.
 
     Raises:
-        RuntimeError: names the functions in the graph that are not PyTorch's own.
+        RuntimeError: if it is such a model; the error names the functions in the graph that are not PyTorch's own.
     """
     graph, driven = update.graph, update.graph.output_cotangents
     scale = graph.output_scale()

@@ -38,7 +38,7 @@ class Rerun:
         given: the arguments as the user has them.
 
     Raises:
-        ValueError: the model has lazy modules that have not seen an input yet.
+        ValueError: if the model has lazy modules that have not seen an input yet.
     """
 
     def __init__(self, module: nn.Module, arguments: Arguments, cut: Cut, writes: Writes, given: Any) -> None:
@@ -56,7 +56,7 @@ class Rerun:
         """Around the feedforward pass: learns what later runs need to know of it.
 
         Raises:
-            ValueError: the model wrote into its input, so that it is gone.
+            ValueError: if the model wrote into its input, so that the input is gone.
         """
         first, later = dict[nn.Module, list[HandedOn]](), set[nn.Module]()
 
@@ -85,7 +85,7 @@ class Rerun:
         Once per setting, the pass is run again at its own activities at once, to see whether it can be repeated.
 
         Raises:
-            RuntimeError: it cannot: the model keeps a state where it is not put back.
+            RuntimeError: if it cannot, since the model keeps a state where it is not put back.
         """
         self.recorded, self.stored = recorded, stored
         if not self.writes.repeated:
@@ -96,7 +96,7 @@ class Rerun:
         """The model run again; a vertex without a state keeps its activity.
 
         Raises:
-            RuntimeError: the model took another path than in the feedforward pass, or what it read has changed.
+            RuntimeError: if the model took another path than in the feedforward pass, or what it read has changed.
         """
         return self._run(states).linearisation()
 
@@ -180,7 +180,7 @@ class Surroundings:
         shared: the names of the model's attributes that could not be copied.
 
     Raises:
-        ValueError: the model has lazy modules that have not seen an input yet.
+        ValueError: if the model has lazy modules that have not seen an input yet.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -209,7 +209,7 @@ class Surroundings:
         """To be called after the forward pass.
 
         Raises:
-            ValueError: the model wrote into its input, so that it is gone.
+            ValueError: if the model wrote into its input, so that the input is gone.
         """
         for x, then in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
             if _version(x) != then:
@@ -225,7 +225,7 @@ class Surroundings:
         """Within it, a run of the model finds what the forward pass found; afterwards all is as it was.
 
         Raises:
-            RuntimeError: a parameter or an input was changed in place since the forward pass.
+            RuntimeError: if a parameter or an input was changed in place since the forward pass.
         """
         for x, then in zip(self.fixed, self.versions, strict=True):
             if _version(x) != then:

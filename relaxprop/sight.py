@@ -48,8 +48,8 @@ class Sight(TorchFunctionMode):
         stand_ins: the ids of the stand-ins so far.
 
     Raises:
-        ValueError: within it, the model differentiates what was cut, or retains a gradient there; later, in a product
-            with A, a hook that the model has put on an activity only looks.
+        ValueError: within it, if the model differentiates what was cut, or retains a gradient there; later, in a product
+            with A, if a hook that the model has put on an activity only looks.
     """
 
     def __init__(self, model: str, stand_ins: Callable[[], Collection[int]]) -> None:
@@ -109,7 +109,7 @@ def refuse_nested_differentiation(model: str) -> None:
     """Refuse to cut within what differentiates by other means than the recorded graph.
 
     Raises:
-        ValueError: within a transform of torch.func, or in forward mode.
+        ValueError: if this runs within a transform of torch.func, or in forward mode.
     """
     if in_transform():
         raise cut_off(f"{model} uses a transform of torch.func in its forward pass, whose tensors cannot be cut")
@@ -133,7 +133,7 @@ def hooked(parts: Mapping[nn.Module, str], vertices: Collection[nn.Module], *, e
         each: whether every operation is a vertex.
 
     Raises:
-        ValueError: a vertex is cut between the module's output and its input.
+        ValueError: if a vertex is cut between such a module's output and its input.
     """
     found = with_backward_hooks(parts)
     for module in found:

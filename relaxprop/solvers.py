@@ -182,7 +182,7 @@ class Euler(_Stepped):
             for a while before the gradient has come by.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        TypeError, ValueError: if an argument has the wrong type or is outside its range.
     """
 
     name: ClassVar[str] = "euler"
@@ -313,7 +313,7 @@ class ClosedForm(_Stepped, _Linear):
         order: "simultaneous" (the paper's text) or "sequential" (the authors' code).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        TypeError, ValueError: if an argument has the wrong type or is outside its range.
     """
 
     name: ClassVar[str] = "closed-form"
@@ -352,7 +352,7 @@ class Continuous(_Linear):
         duration: T > 0, in units of the relaxation's time constant; n steps of η correspond to T = n η.
 
     Raises:
-        TypeError, ValueError: a duration that is no positive, finite number.
+        TypeError, ValueError: if the duration is not a positive, finite number.
     """
 
     name: ClassVar[str] = "continuous"
@@ -382,7 +382,7 @@ class Continuous(_Linear):
         gradient, so that neither rounding nor the loss's scale steers the step.
 
         Raises:
-            RuntimeError: the derivative jumps along the way, so that the steps become too many.
+            RuntimeError: if the derivative jumps along the way, so that the steps become too many.
         """
         from scipy.integrate import solve_ivp  # here, as few need it and it takes a third of a second to import
 
@@ -471,7 +471,7 @@ def check_solves(solver: Solver, *, linear: bool) -> None:
     """Refuse a solver that needs a linear relaxation where it is not.
 
     Raises:
-        ValueError: names the solver and those that can.
+        ValueError: if it is not; the error names the solver, and those that can be used.
     """
     if solver.only_linear and not linear:
         raise ValueError(

@@ -137,7 +137,7 @@ def steps_to_converge(depth: int, step_size: float, tolerance: float, *, order: 
         The number of steps: ``depth`` for a simultaneous and 1 for a sequential relaxation of step size 1.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        TypeError, ValueError: if an argument has the wrong type or is outside its range.
     """
     check_count("depth", depth)
     check_step_size(step_size)

@@ -46,7 +46,7 @@ class Update(NamedTuple):
         """The gradients; None for a tensor that the loss does not depend on.
 
         Raises:
-            ValueError: the factors differ and a parameter is read outside of the module that it belongs to.
+            ValueError: if the factors differ and a parameter is read outside of the module that it belongs to.
         """
         graph, frozen, inputs, parameters = self.graph, self.frozen, self.inputs, self.parameters
         stored = current = graph.stored
@@ -108,7 +108,7 @@ def _check_layers(graph: Graph, at: Linearisation, parameters: Sequence[Tensor])
     """Refuse parameters that are read outside of their layers: where their derivative ends, nobody can say.
 
     Raises:
-        ValueError: if a parameter is read so.
+        ValueError: if a parameter is read outside of its layer.
     """
     trained = {id(p) for p in parameters}
     layers: dict[Node, set[int]] = {}  # what each may read; a module may return what another did

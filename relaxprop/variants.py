@@ -46,7 +46,7 @@ def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
     and the other arguments.
 
     Raises:
-        TypeError: there is no tensor.
+        TypeError: if there is no tensor.
     """
     if args:
         return args[0], args[1:], kwargs

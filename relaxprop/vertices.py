@@ -6,7 +6,7 @@ May import: _pytorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from threading import get_ident, local
+from threading import local
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from relaxprop._pytorch import has_hooks
 
 Granularity = Literal["activations", "modules", "operations"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 ALLOWED = "vertices must be 'activations', 'modules', 'operations' or an iterable of the model's submodules"
 
@@ -30,8 +31,8 @@ def find_vertices(module: nn.Module, vertices: Granularity | Iterable[nn.Module]
             module makes it: no modules), or an iterable of submodules.
 
     Raises:
-        ValueError: an unknown word, a module that is not part of ``module``, or no vertex found.
-        TypeError: anything else.
+        ValueError: if the word is unknown, a module is not part of ``module``, or there is no vertex.
+        TypeError: if it is anything else.
     """
     return choose_vertices(module, named_parts(module), vertices)
 
@@ -41,7 +42,7 @@ def choose_vertices(
 ) -> dict[nn.Module, str]:
     """As `find_vertices`, given the `named_parts` of ``module``."""
     if isinstance(vertices, str):
-        if vertices not in get_args(Granularity):
+        if vertices not in GRANULARITIES:
             raise ValueError(f"{ALLOWED}, got {vertices!r}")
         if are_operations(vertices):
             return {}
@@ -149,14 +150,13 @@ class Hooked:
         self.run = self if run is None else run
 
     def __enter__(self) -> None:
-        self._thread = get_ident()
         self._outer = getattr(_now, "run", None)
         _now.run = self.run
         # A scripted module runs hooks, but refuses to register them by its own method.
         self._handles = [nn.Module.register_forward_hook(m, self) for m in self.modules]
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.hook(module, args, output) if get_ident() == self._thread and _now.run is self.run else None
+        return self.hook(module, args, output) if getattr(_now, "run", None) is self.run else None
 
     def __exit__(self, *_: object) -> None:
         _now.run = self._outer

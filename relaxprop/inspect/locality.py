@@ -75,8 +75,8 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) 
         kwargs: its keyword arguments.
 
     Raises:
-        TypeError: ``model`` is not wrapped.
-        ValueError: its vertices are operations, of which a layer has several, or a part of it is scripted.
+        TypeError: if ``model`` is not wrapped.
+        ValueError: if its vertices are operations, of which a layer has several, or a part of it is scripted.
     """
     check_model(model)
     for module, name in named_parts(model.module).items():

@@ -48,7 +48,7 @@ class SamePass:
         """Around a pass.
 
         Raises:
-            RuntimeError: a part of the model returns something else than in the first pass.
+            RuntimeError: if a part of the model returns something else than in the first pass.
         """
         first, calls = not self._noted, dict.fromkeys(self._names, 0)
 
@@ -81,7 +81,7 @@ def check_model(model: object) -> None:
     """Refuse what is not wrapped.
 
     Raises:
-        TypeError: if it is not.
+        TypeError: if it is not one.
     """
     if isinstance(model, ActivationRelaxation):
         return
@@ -100,7 +100,7 @@ def scalar(loss: object) -> Tensor:
     """The loss.
 
     Raises:
-        TypeError: if it is no tensor of one number.
+        TypeError: if it is not a tensor of one number.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
