@@ -48,8 +48,8 @@ class Sight(TorchFunctionMode):
         stand_ins: the ids of the stand-ins so far.
 
     Raises:
-        ValueError: within it, if the model differentiates what was cut, or retains a gradient there; later, in a product
-            with A, if a hook that the model has put on an activity only looks.
+        ValueError: within it, if the model differentiates what was cut, or retains a gradient there; later, in a
+            product with A, if a hook that the model has put on an activity only looks.
     """
 
     def __init__(self, model: str, stand_ins: Callable[[], Collection[int]]) -> None:
