@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, TypeGuard, cast
 
@@ -21,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.utils import parametrize
 
 # Nested structures: PyTorch has no public name, and Hugging Face registers its output classes with this one.
-from torch.utils._pytree import arg_tree_leaves, tree_leaves, tree_map
+from torch.utils._pytree import arg_tree_leaves, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
     "LEAF_OVERWRITTEN",
@@ -32,6 +33,7 @@ __all__ = [
     "backward_hooks",
     "base",
     "deepcopy",
+    "engine_calls",
     "graph_is_kept",
     "has_hooks",
     "in_forward_mode",
@@ -50,9 +52,17 @@ __all__ = [
     "switches_gradients",
     "tree_leaves",
     "tree_map",
+    "tree_parts",
     "version",
     "with_backward_hooks",
 ]
+
+
+def tree_parts(nested: Any) -> tuple[list[Any] | None, Callable[[list[Any]], Any]]:
+    """The parts of a nested structure, one level deep, and what builds it of such parts; None where it has none."""
+    parts, form = tree_flatten(nested, is_leaf=lambda x: x is not nested)
+    return (None if form.is_leaf() else parts), partial(tree_unflatten, treespec=form)
+
 
 LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
 """What PyTorch says in the `RuntimeError` that has no class of its own."""
@@ -93,6 +103,25 @@ def graph_is_kept() -> bool:
     There is no public name. Without it every pass would have to keep what only a second one needs.
     """
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def engine_calls() -> list[tuple[Sequence[Tensor | GradientEdge], Sequence[Tensor]]]:
+    """Within a backward function: what ``torch.autograd.grad`` or ``backward`` called the engine with, the tensors that
+    are differentiated and those that gradients are asked for (none, where all leaves get theirs).
+
+    Nothing public tells a backward function either, and the engine's own answers leave out the nodes that it does not
+    run. So the frames are looked at. A device has a thread of its own, while the caller's waits within its call; then
+    the calls of all threads that wait so are given.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _ENGINE_CALL:
+        frame = frame.f_back
+    frames = [frame] if frame is not None else [f for f in sys._current_frames().values() if f.f_code is _ENGINE_CALL]
+    given = [f.f_locals for f in frames]
+    return [(call["t_outputs"], call["args"][3]) for call in given]
+
+
+_ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
 # ----------------------------------------------------------------------------------------------- what is going on now

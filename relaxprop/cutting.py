@@ -4,26 +4,28 @@ A forward hook on each vertex's module, or a function mode that sees every opera
 there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
 where something is not frozen the model is run again with the stand-ins set to the states.
 
-May import: derivatives, graph, nested, operations, sight, unrelaxed, vertices, _pytorch.
+May import: derivatives, graph, kept, nested, operations, sight, unrelaxed, vertices, _pytorch.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from relaxprop._pytorch import LEAF_OVERWRITTEN, accumulated_hooks, arrived_hooks, is_checkpointed, is_view, version
+from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
-from relaxprop.nested import map_tensors, rebuilt, tensors_requiring_grad
+from relaxprop.kept import mark
+from relaxprop.nested import map_tensors, rebuilt, replace_within, tensors_in, tensors_requiring_grad
 from relaxprop.operations import EachOperation
 from relaxprop.sight import Sight, refuse_nested_differentiation
 from relaxprop.unrelaxed import inside
@@ -111,26 +113,81 @@ class Arguments:
     """
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, relax: bool = False) -> None:
+        self.args, self.kwargs = args, kwargs
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
-        self._relax = relax
-        self.args = [map_tensors(self._stand_in, x) for x in args]
-        self.kwargs = {name: map_tensors(self._stand_in, x) for name, x in kwargs.items()}
+        self._stand_ins: dict[int, Tensor] = {}  # by the id of the input: one that is given twice is the same
+        for x in itertools.chain.from_iterable(map(tensors_in, (*args, *kwargs.values()))):
+            if (x.requires_grad or (relax and x.is_floating_point())) and id(x) not in self._stand_ins:
+                self._stand_ins[id(x)] = stand_in = x.detach().requires_grad_()
+                self.inputs[id(stand_in)] = x, stand_in
 
-    def _stand_in(self, x: Tensor) -> Tensor:
-        if not x.requires_grad and not (self._relax and x.is_floating_point()):
-            return x
-        # A tensor that is given twice is the same to the model, which may ask.
-        alias = next((alias for given, alias in self.inputs.values() if given is x), None)
-        if alias is None:
-            alias = x.detach().requires_grad_()
-            self.inputs[id(alias)] = x, alias
-        return alias
+    @contextmanager
+    def handed_on(self, hand_on: Callable[[Tensor], Tensor]) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
+        """Within it, the arguments hold in the inputs' places what ``hand_on`` makes of their stand-ins, and so do the
+        lists and dicts that the caller has given: the model may write into them.
+
+        Raises:
+            RuntimeError: such a list or dict is given to another thread's pass at this time.
+        """
+        if not self.inputs:
+            yield self.args, self.kwargs
+            return
+        handed: dict[int, Tensor] = {}
+        known: dict[int, Tensor] = {}
+
+        def replaced(x: Tensor) -> Tensor:
+            if id(x) not in self._stand_ins:
+                return x
+            if id(x) not in handed:
+                handed[id(x)] = given = hand_on(self._stand_ins[id(x)])
+                known[id(given)] = known[id(self._stand_ins[id(x)])] = x
+            return handed[id(x)]
+
+        containers: dict[int, Any] = {}
+        replace_within(lambda x: x, (*self.args, *self.kwargs.values()), containers)
+        with _lent_to_one_thread(containers, self._stand_ins):
+            try:
+                seen: dict[int, Any] = {}
+                yield (
+                    [replace_within(replaced, x, seen) for x in self.args],
+                    {name: replace_within(replaced, x, seen) for name, x in self.kwargs.items()},
+                )
+            finally:
+                own: dict[int, Any] = {}
+                for x in containers.values():
+                    replace_within(lambda x: known.get(id(x), x), x, own)
 
     def copied(self) -> Arguments:
         """The same tensors in lists and dicts of their own, which the model may write into."""
-        twin = Arguments((), {})
-        twin.args, twin.kwargs, twin.inputs = rebuilt(self.args), rebuilt(self.kwargs), self.inputs
+        twin, copies = Arguments((), {}), dict[int, Any]()
+        twin.args = [rebuilt(x, copies) for x in self.args]
+        twin.kwargs = {name: rebuilt(x, copies) for name, x in self.kwargs.items()}
+        twin.inputs, twin._stand_ins = self.inputs, self._stand_ins
         return twin
+
+
+_lent: dict[int, tuple[int]] = {}  # by the ids of lists and dicts that hold stand-ins now, the thread that holds them
+
+
+@contextmanager
+def _lent_to_one_thread(containers: Mapping[int, Any], inputs: Collection[int]) -> Iterator[None]:
+    """Within it, those of the containers that hold any of the inputs are this thread's own."""
+    holder, mine = (get_ident(),), list[int]()
+    try:
+        for key, container in containers.items():
+            holds = any(id(x) in inputs for x in tensors_in(container))
+            found = _lent.setdefault(key, holder) if holds else _lent.get(key, holder)
+            if found != holder:
+                raise RuntimeError(
+                    "a list or dict that holds inputs which require grad is given to a pass in another thread at the "
+                    "same time: give each thread a list of its own"
+                )
+            if holds and found is holder:
+                mine.append(key)
+        yield
+    finally:
+        for key in mine:
+            del _lent[key]
 
 
 class Run:
@@ -165,26 +222,29 @@ class Run:
         self.within: set[Node] = set()
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self.model = ""  # the name of its class
-        self._inputs: Mapping[int, tuple[Tensor, Tensor]] = {}
-        self._given: dict[int, Tensor] = {}  # by the id of its stand-in, what the model gets of an input
+        self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
         """The model's result."""
-        args, kwargs, cut = arguments.args, arguments.kwargs, self.cut
-        if arguments.inputs:
-            self._inputs = arguments.inputs
-            args = [map_tensors(self._input, x) for x in args]
-            kwargs = {name: map_tensors(self._input, x) for name, x in kwargs.items()}
+        self._module, self.model = ref(module), type(module).__name__
+        cut = self.cut
         # A layer's output is noted before it is cut, where the layer is a vertex too.
         layers = Hooked(cut.layers, self._note_layer, self) if cut.layers else _NOTHING
-        self.model = type(module).__name__
         operations = EachOperation(self._cut_operation, model=self.model) if cut.operations else _NOTHING
         watched = self.writes.watched or torch.compiler.is_compiling()  # no mode can be entered in what is compiled
         sight = _NOTHING if watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
         token = recorded_switches.set(self.switches)
         try:
-            with layers, Hooked(cut.modules, self._cut_output, self), sight, operations:
+            with (
+                arguments.handed_on(self._hand_on_input) as (args, kwargs),
+                layers,
+                Hooked(cut.modules, self._cut_output, self),
+                sight,
+                operations,
+            ):
                 result = module(*args, **kwargs)
+                if arguments.inputs:  # afterwards the caller's own lists hold the caller's own inputs
+                    result = rebuilt(result, {})
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):
                 self.writes.into.update(dict.fromkeys(self.writes.into, True))
@@ -205,14 +265,6 @@ class Run:
         """Where this run takes its Jacobians, by the vertices of the feedforward pass."""
         of = self.recorded or self.vertices
         return Linearisation(dict(zip(of, self.vertices, strict=True)), self.outputs, self.layers, self.switches)
-
-    def _input(self, x: Tensor) -> Tensor:
-        if id(x) not in self._inputs:
-            return x
-        if (given := self._given.get(id(x))) is not None:
-            return given
-        self._given[id(x)] = given = self._hand_on_input(x)
-        return given
 
     def _hand_on_input(self, x: Tensor) -> Tensor:
         if self.cut.inputs:
@@ -276,7 +328,7 @@ class Run:
 
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
-            stand_in.register_post_accumulate_grad_hook(partial(_refuse_stray_gradient, origin))  # type: ignore[no-untyped-call]
+            mark(stand_in, origin, self._module)
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
@@ -293,19 +345,4 @@ def other_path() -> RuntimeError:
         "frozen: run again at the current states, the model took another path than in the feedforward pass (other "
         "modules, or other shapes), so no Jacobian stands for the same vertex: a model whose path depends on its "
         "activities needs everything frozen"
-    )
-
-
-def is_stand_in(leaf: Tensor) -> bool:
-    """Whether a recorded pass, this one or an earlier one, has handed the leaf tensor on: its hook says so."""
-    hooks = accumulated_hooks(leaf) or {}
-    return any(isinstance(hook, partial) and hook.func is _refuse_stray_gradient for hook in hooks.values())
-
-
-def _refuse_stray_gradient(origin: str, stand_in: Tensor) -> None:
-    stand_in.grad = None
-    raise RuntimeError(
-        f"the loss reads an activity of {origin!r}, of shape {tuple(stand_in.shape)}, that the model kept to itself "
-        "(on an attribute, or in a list that it was given) and did not return, so the relaxation phase does not know "
-        "of it: return it from the model, with the output"
     )

@@ -222,6 +222,10 @@ class Graph:
                 stack += self._inputs[place]
         return list(found)
 
+    def __contains__(self, node: Node) -> bool:
+        """Whether any output was computed by the node of PyTorch's graph."""
+        return node in self._inputs
+
     @property
     def size(self) -> int:
         """The number of vertices and of nodes of PyTorch's graph."""

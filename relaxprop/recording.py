@@ -1,6 +1,6 @@
 """Records a model's feedforward pass: a `Graph` cut at the vertices, and what equation (2) takes from it.
 
-May import: cutting, frozen, graph, nested, rerun, sight, unrelaxed, update, vertices.
+May import: cutting, frozen, graph, kept, nested, rerun, sight, unrelaxed, update, vertices.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from relaxprop.cutting import Arguments, Cut, Run, Writes, is_stand_in
+from relaxprop.cutting import Arguments, Cut, Run, Writes
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
+from relaxprop.kept import refuse_earlier
 from relaxprop.nested import tensors_requiring_grad
 from relaxprop.rerun import Rerun
 from relaxprop.sight import changing, hooked
@@ -151,8 +152,5 @@ def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mappin
         return
     known = {id(p) for p in module.parameters()}
     for key, tensor in leaves.items():
-        if key not in known and is_stand_in(tensor):
-            raise ValueError(
-                f"the model read an activity of shape {tuple(tensor.shape)} of an earlier pass, which it kept, so no "
-                "gradient can reach it: return it and pass it to the model as an argument, or detach it"
-            )
+        if key not in known:
+            refuse_earlier(module, tensor)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from relaxprop._pytorch import graph_is_kept, is_batched, is_view
 from relaxprop.graph import Gradients, Graph, States
@@ -34,6 +35,8 @@ from relaxprop.update import Update
 Solve = Callable[[Graph], tuple[States, Relaxation]]
 # What is told when the relaxation phase ends: the graph, the final states, and the record of how they were found.
 OnRelaxed = Callable[[Graph, States, Relaxation], None]
+# Whether the loss reads more of the recorded pass than its result: `kept.is_read_beside`.
+IsReadBeside = Callable[[Node, Graph], bool]
 
 
 def relax(graph: Graph, solve: Solve, update: Update, on_relaxed: OnRelaxed, *, retain_graph: bool) -> Gradients:
@@ -48,11 +51,17 @@ class RelaxationPhase(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, update: Update, solve: Solve, on_relaxed: OnRelaxed, shown: Sequence[Tensor], *given: Tensor
+        ctx: Any,
+        update: Update,
+        solve: Solve,
+        on_relaxed: OnRelaxed,
+        is_read_beside: IsReadBeside,
+        shown: Sequence[Tensor],
+        *given: Tensor,
     ) -> tuple[Tensor, ...]:
         """What the user gets of the outputs ``shown``; ``given`` are the tensors that gradients are wanted for."""
         ctx.set_materialize_grads(False)
-        ctx.update, ctx.solve, ctx.on_relaxed = update, solve, on_relaxed
+        ctx.update, ctx.solve, ctx.on_relaxed, ctx.is_read_beside = update, solve, on_relaxed, is_read_beside
         # Saved only so that PyTorch itself refuses a second backward pass without retain_graph.
         ctx.save_for_backward(_EMPTY)
         # The user may write into an output in place. Where that is a vertex, or a view of one, its memory holds x̄.
@@ -68,8 +77,9 @@ class RelaxationPhase(torch.autograd.Function):
         if not keep:
             ctx.update = ctx.solve = None  # and with them the recorded pass
         update.graph.drive_outputs(output_cotangents)
-        gradients = relax(update.graph, solve, update, ctx.on_relaxed, retain_graph=keep)
-        return None, None, None, None, *gradients
+        retain = ctx.is_read_beside(ctx, update.graph) or keep
+        gradients = relax(update.graph, solve, update, ctx.on_relaxed, retain_graph=retain)
+        return None, None, None, None, None, *gradients
 
 
 _EMPTY = torch.empty(0)

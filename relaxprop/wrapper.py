@@ -4,8 +4,8 @@ What relaxes and how is not here: `relaxation` has the equations, `recording` th
 needs around them: settings that are checked whole, the shortcut at equilibrium, and what is told after a relaxation
 phase. How the wrapper stands in the module's place is `transparent`.
 
-May import: _pytorch, cutting, derivatives, finite, frozen, graph, nested, operations, probe, recording, relaxation,
-solvers, transparent, unconverged, update, vertices.
+May import: _pytorch, cutting, derivatives, finite, frozen, graph, kept, nested, operations, probe, recording,
+relaxation, solvers, transparent, unconverged, update, vertices.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from relaxprop._pytorch import in_transform, is_compiled, is_tracing
 from relaxprop.cutting import Writes
@@ -26,7 +27,8 @@ from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
-from relaxprop.nested import map_tensors, tensors_requiring_grad
+from relaxprop.kept import is_read_beside
+from relaxprop.nested import map_tensors, tensors_reached
 from relaxprop.operations import EachOperation
 from relaxprop.probe import check_repeatable
 from relaxprop.recording import InitialState, OutputRule, Recording, record
@@ -190,6 +192,7 @@ class ActivationRelaxation(Transparent):
     _writes: Writes
     _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
     _measured: bool  # likewise a relaxation phase
+    _read_beside: bool  # whether a loss has read more of a pass than the result
     _probed: set[int]  # the sizes of graphs that allow for products, see `probe`
 
     def __init__(
@@ -263,13 +266,15 @@ class ActivationRelaxation(Transparent):
             vars(self)["_told"] = True
             _tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
         solve = settings.solver.solve
-        if recording.graph.size not in self._probed:
+        first = recording.graph.size not in self._probed
+        if first:
             solve = partial(self._probe_and_solve, solve, recording.update)
             self._warn_of_compiled(recording.graph)
         report = settings.report_unrelaxed
         relaxed = partial(self._relaxed, unrelaxed=recording.unrelaxed) if report else self._relaxed
+        beside = self._is_read_beside if first or self._read_beside else partial(is_read_beside, always=False)
         outputs = iter(
-            RelaxationPhase.apply(recording.update, solve, relaxed, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+            RelaxationPhase.apply(recording.update, solve, relaxed, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
 
@@ -310,6 +315,12 @@ class ActivationRelaxation(Transparent):
         if check_repeatable(self.module, update):
             self._probed.add(graph.size)
         return solve(graph)
+
+    def _is_read_beside(self, phase: Node, graph: Graph) -> bool:
+        """As `is_read_beside`; what a loss has read once, later passes look for."""
+        if found := is_read_beside(phase, graph):
+            vars(self)["_read_beside"] = True
+        return found
 
     def _relaxed(
         self, graph: Graph, states: States, relaxation: Relaxation, unrelaxed: tuple[str, ...] | None = None
@@ -358,7 +369,7 @@ class ActivationRelaxation(Transparent):
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
             called.add(module)
-            for tensor in tensors_requiring_grad(output) if settings.check_finite else ():
+            for tensor in tensors_reached(output) if settings.check_finite else ():
                 if tensor.grad_fn is not None:  # else it outlives this pass, and a hook on it would too
                     watch(tensor, vertices[module])
 
@@ -369,7 +380,7 @@ class ActivationRelaxation(Transparent):
         each = settings.check_finite and are_operations(settings.vertices)
         with Hooked(vertices, at_vertex), EachOperation(watch) if each else nullcontext():
             result = self.module(*args, **kwargs)
-        outputs = {id(t): t for t in tensors_requiring_grad(result)}
+        outputs = {id(t): t for t in tensors_reached(result)}
         if outputs and not self._told:
             vars(self)["_told"] = True
             if vertices:
@@ -392,7 +403,7 @@ class ActivationRelaxation(Transparent):
 
 def _of_first_pass() -> dict[str, Any]:
     """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
-    return {"_writes": Writes(), "_told": False, "_measured": False, "_probed": set()}
+    return {"_writes": Writes(), "_told": False, "_measured": False, "_read_beside": False, "_probed": set()}
 
 
 def _refuse_outer(module: object) -> None:
@@ -457,7 +468,7 @@ def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
     Raises:
         RuntimeError: if a gradient would pass through the transform.
     """
-    if any(x.requires_grad for x in (*module.parameters(), *tensors_requiring_grad((args, kwargs)))):
+    if any(x.requires_grad for x in (*module.parameters(), *tensors_reached((args, kwargs)))):
         raise RuntimeError(
             "within a transform of torch.func (vmap, grad, …) the relaxation phase would not run: call the wrapper "
             "outside of it and loss.backward(), or transform the plain module (wrapper.module)"

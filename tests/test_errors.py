@@ -272,8 +272,9 @@ def test_a_result_that_pytorch_cannot_take_apart() -> None:
         def forward(self, x: Tensor) -> Any:
             return SimpleNamespace(logits=self.net(x))
 
-    with refuses(TypeError, "SimpleNamespace", "register"):
-        wrap(Wrapped())(torch.randn(2, 3))
+    with refuses(TypeError, "SimpleNamespace.logits", "register"):
+        wrap(Wrapped(), solver=PAPER)(torch.randn(2, 3))
+    assert wrap(Wrapped(), solver=Equilibrium())(torch.randn(2, 3)).logits.requires_grad  # nothing is cut
 
 
 def test_the_modules_own_errors_come_through() -> None:

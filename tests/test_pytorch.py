@@ -77,6 +77,50 @@ def test_graph_is_kept_where_the_pass_was_asked_to() -> None:
     assert Asks.answers == [True, False, True, False]
 
 
+class Looks(torch.autograd.Function):
+    """Its input; asks ``_pytorch.engine_calls`` in its backward pass."""
+
+    answers: list[Any] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Looks.answers += _pytorch.engine_calls()
+        return gradient
+
+
+def test_engine_calls_are_what_is_differentiated_and_what_is_asked_for() -> None:
+    x, y = leaf(2), leaf(2)
+    loss = (Looks.apply(x) * y).sum()  # type: ignore[no-untyped-call]
+    other = loss.sin()
+    Looks.answers.clear()
+    loss.backward(retain_graph=True)
+    torch.autograd.backward([loss, other], retain_graph=True)
+    loss.backward(inputs=[x], retain_graph=True)
+    torch.autograd.grad([other], [x, y], retain_graph=True)
+    torch.autograd.grad(loss, x, is_grads_batched=True, grad_outputs=torch.ones(3).double(), retain_graph=True)
+    expected: list[Any] = [([loss], []), ([loss, other], []), ([loss], [x]), ([other], [x, y]), ([loss], [x])]
+    assert len(Looks.answers) == len(expected)
+    for found, wanted in zip(Looks.answers, expected, strict=True):
+        for tensors, known in zip(found, wanted, strict=True):
+            assert [id(t) for t in tensors] == [id(t) for t in known]
+
+
+def test_tree_parts_are_one_level_deep() -> None:
+    Point = namedtuple("Point", ["x", "y"])
+    nested = Point([1, (2, 3)], {"a": 4})
+    parts, rebuild = _pytorch.tree_parts(nested)
+    assert parts is not None
+    assert parts[0] is nested.x
+    assert parts[1] is nested.y
+    assert rebuild([5, 6]) == Point(5, 6)
+    assert _pytorch.tree_parts(7)[0] is None
+    assert _pytorch.tree_parts({1, 2})[0] is None
+
+
 def test_in_transform() -> None:
     seen: list[bool] = []
 

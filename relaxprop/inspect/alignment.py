@@ -3,7 +3,7 @@ r"""How far Activation Relaxation is from backpropagation, on the user's own mod
 Nothing here changes the model: gradients are returned and not accumulated, and every pass works on a copy of the
 model's state (batch norm's statistics, plain attributes, random generators).
 
-May import: derivatives, feedback, inspect.model, wrapper.
+May import: derivatives, feedback, inspect.model, kept, wrapper.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from relaxprop.derivatives import restored
 from relaxprop.feedback import backwards_weights, symmetric
 from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
+from relaxprop.kept import refuse_reading
 from relaxprop.wrapper import ActivationRelaxation
 
 
@@ -54,7 +55,8 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, 
 
     Raises:
         TypeError: ``model`` is not wrapped, or the loss is no scalar.
-        RuntimeError: the passes differ, as the model keeps a state where it is not put back.
+        RuntimeError: the passes differ, as the model keeps a state where it is not put back, or the loss reads an
+            activity that the model did not return.
     """
     check_model(model)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
@@ -64,7 +66,9 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, 
         with undisturbed(model), torch.enable_grad():
             with same_pass():
                 result = forward(*inputs, **kwargs)
-            return torch.autograd.grad(scalar(loss_fn(result)), list(parameters.values()), allow_unused=True)
+            loss = scalar(loss_fn(result))
+            refuse_reading(loss)
+            return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
     relaxed = gradients(model)
     with symmetric(model.module), restored(model.module):

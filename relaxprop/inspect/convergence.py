@@ -2,8 +2,8 @@ r"""How far a relaxation phase has converged: what is left of its initial state,
 
 Nothing here changes the model, as in `inspect.alignment`.
 
-May import: derivatives, feedback, frozen, graph, inspect.alignment, inspect.model, nested, solvers, transients, update,
-wrapper.
+May import: derivatives, feedback, frozen, graph, inspect.alignment, inspect.model, kept, nested, solvers, transients,
+update, wrapper.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
 from relaxprop.inspect.alignment import numbers
 from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
+from relaxprop.kept import refuse_reading
 from relaxprop.nested import map_tensors
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
@@ -185,5 +186,7 @@ def _driven_graph(
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
     replacements = iter(outputs)
     result = map_tensors(lambda x: next(replacements) if x.requires_grad else x, recording.result)
-    recording.graph.drive_outputs(torch.autograd.grad(scalar(loss_fn(result)), outputs, allow_unused=True))
+    loss = scalar(loss_fn(result))
+    refuse_reading(loss, recording.graph)
+    recording.graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))
     return recording.graph, {name: names[name] for name in exact}, exact

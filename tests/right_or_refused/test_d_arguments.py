@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Barrier
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from relaxprop import ActivationRelaxation, Equilibrium, Frozen
+from relaxprop import ActivationRelaxation, Equilibrium, Euler, Frozen
 from tests.right_or_refused.helper import (
-    CONVERGED,
     Outcome,
     all_solvers,
     all_vertices,
@@ -160,7 +161,7 @@ def test_an_auxiliary_loss_that_is_handed_out(container: str, what: str, solver:
         assert outcome == "right"
 
 
-@pytest.mark.parametrize("solver", [Equilibrium()], ids=["Equilibrium"])
+@all_solvers
 @pytest.mark.parametrize("what", ["gate", "activity", "weight", "detached"])
 def test_a_list_that_holds_an_input_too(what: str, solver: Any) -> None:
     outcome = collect("list", what, solver, "activations", beside=True)
@@ -245,9 +246,8 @@ class Stateful(nn.Module):
         return output
 
 
-@pytest.mark.parametrize(
-    ("detaches", "solver"), [*((True, solver) for solver in CONVERGED), (False, Equilibrium())], ids=str
-)
+@all_solvers
+@pytest.mark.parametrize("detaches", [True, False])
 def test_a_cache_that_goes_from_call_to_call(detaches: bool, solver: Any) -> None:
     def run(model: nn.Module, inputs: Sequence[Any]) -> Tensor:
         cache: dict[str, list[Tensor]] = {}
@@ -283,7 +283,7 @@ class Consuming(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("solver", [Equilibrium()], ids=["Equilibrium"])
+@all_solvers
 def test_a_list_that_the_model_empties(solver: Any) -> None:
     def run(model: nn.Module, inputs: Sequence[Any]) -> Tensor:
         xs = [inputs[0], 2 * inputs[0]]
@@ -343,3 +343,187 @@ def test_an_argument_is_not_written_to_again_by_what_runs_again(solver: Any) -> 
     given: list[Tensor] = []
     backward(squares(model(X, given)))
     assert len(given) == 1
+
+
+# --------------------------------------------------------------------------- lists that hold what needs a gradient, too
+
+
+class Pair(NamedTuple):
+    xs: list[Tensor]
+    factor: float
+
+
+class Written(nn.Module):
+    """Reads the first input that its arguments hold, and then does with the arguments what it was told."""
+
+    def __init__(self, read: Callable[..., Tensor], write: Callable[..., None]) -> None:
+        super().__init__()
+        self.first, self.f, self.head = nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+        self.read, self.write = read, write
+
+    def forward(self, *given: Any) -> Tensor:
+        x = self.read(*given)
+        h = self.f(self.first(x))
+        self.write(*given, h.detach())
+        output: Tensor = self.head(h)
+        return output
+
+
+# By name: what is given, made of x; how the model finds x in it; what it writes; how the caller looks at it afterwards.
+WRITTEN: dict[str, tuple[Callable[[Tensor], Any], Callable[..., Tensor], Callable[..., None], Callable[..., Any]]] = {
+    "appended": (lambda x: ([x],), lambda a: a[0], lambda a, h: a.append(h), lambda a: a),
+    "the same twice": (lambda x: ([x],) * 2, lambda a, b: b[0], lambda a, b, h: a.append(b[0]), lambda a, b: b),
+    "in a named tuple": (
+        lambda x: (Pair([x], 2.0),),
+        lambda p: p.factor * p.xs[0],
+        lambda p, h: p.xs.insert(0, h),
+        lambda p: p.xs,
+    ),
+    "in a dict of lists": (
+        lambda x: ({"xs": [x], "seen": {}},),
+        lambda d: d["xs"][0],
+        lambda d, h: d["seen"].update(h=h, x=d["xs"][0]),
+        lambda d: [*d["xs"], d["seen"]["h"], d["seen"]["x"]],
+    ),
+    "reversed": (lambda x: ([x, 2 * x],), lambda a: a[0], lambda a, h: a.reverse(), lambda a: a),
+    "replaced": (lambda x: ([x, 2 * x],), lambda a: a[0], lambda a, h: a.__setitem__(0, h), lambda a: a),
+    "moved into a new list": (lambda x: ([x, 3],), lambda a: a[0], lambda a, h: a.append([(h, a[0])]), lambda a: a),
+    "default dict": (
+        lambda x: (defaultdict(list, xs=[x]),),
+        lambda d: d["xs"][0],
+        lambda d, h: d["h"].append(h),
+        lambda d: [d["xs"], d["h"]],
+    ),
+    "ordered dict moved": (
+        lambda x: (OrderedDict(x=x, n=torch.ones(2)),),
+        lambda d: d["x"],
+        lambda d, h: d.move_to_end("x"),
+        lambda d: [list(d), *d.values()],
+    ),
+    "bounded deque": (lambda x: (deque([x], 2),), lambda q: q[0], lambda q, h: q.extend([h, h]), lambda q: q),
+}
+
+
+def as_known(nested: Any, x: Tensor) -> Any:
+    """What the caller sees: its own input by name, other tensors by their values."""
+    if nested is x:
+        return "x"
+    if isinstance(nested, Tensor):
+        return [round(value, 9) for value in nested.flatten().tolist()]
+    return [as_known(item, x) for item in nested] if isinstance(nested, list | tuple | deque) else nested
+
+
+FROZEN = (
+    Frozen(),
+    Frozen(update_derivative=False),
+    Frozen(relaxation_derivative=False),
+    Frozen(relaxation_derivative=False, input=False),
+)
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=["frozen", "update", "relaxation", "input"])
+@pytest.mark.parametrize("case", WRITTEN.values(), ids=WRITTEN.keys())
+def test_the_caller_sees_its_own_inputs_and_all_writes(case: Any, frozen: Frozen) -> None:
+    """As with the plain model, and once, whatever runs again; at rest, every condition gives some gradient."""
+    make, read, write, look = case
+
+    def attempt(wrapped: bool) -> tuple[Any, Tensor | None]:
+        torch.manual_seed(1)
+        model: nn.Module = Written(read, write).double()
+        if wrapped:
+            model = ActivationRelaxation(model, solver=Euler(0.5, 120), frozen=frozen)
+        x = X.clone().requires_grad_()
+        given = make(x)
+        backward(squares(model(*given)))
+        return as_known(look(*given), x), x.grad
+
+    (seen, gradient), (exact_seen, exact) = attempt(True), attempt(False)
+    assert seen == exact_seen
+    assert gradient is not None
+    assert exact is not None
+    if frozen == Frozen():
+        assert float((gradient - exact).norm()) <= 1e-11 * float(exact.norm())
+
+
+@cutting_solvers
+def test_an_error_of_the_model_leaves_the_callers_list_as_it_was(solver: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("of the model's own")
+
+    x = X.clone().requires_grad_()
+    given: list[Any] = [x, [x]]
+    model = ActivationRelaxation(Written(lambda a: a[0], fail).double(), solver=solver)
+    with pytest.raises(KeyError, match="own"):
+        model(given)
+    assert given[0] is x
+    assert given[1][0] is x
+
+
+@cutting_solvers
+def test_a_returned_list_that_holds_the_input_of_a_larger_model(solver: Any) -> None:
+    """The input has a graph of its own, and comes back beside an activity."""
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.f, self.head = nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+
+        def forward(self, xs: list[Tensor]) -> list[Tensor]:
+            xs.append(self.head(self.f(self.first(xs[0]))))
+            return xs
+
+    def run(model: nn.Module, inputs: Sequence[Any]) -> Tensor:
+        x, y = model([inputs[0].tanh()])
+        return squares(x) + squares(y)
+
+    outcome = right_or_refused(Gives, [X], solver=solver, vertices="activations", names=["Gives"], run=run)
+    assert outcome == "right"
+
+
+@cutting_solvers
+def test_a_list_that_two_threads_give_at_once_is_right_or_refused(solver: Any) -> None:
+    barrier = Barrier(2)
+
+    def meet(*_: Any) -> None:
+        barrier.wait(2)
+
+    def build() -> Written:
+        torch.manual_seed(1)
+        return Written(lambda a: a[0], meet).double()
+
+    x = X.clone().requires_grad_()
+    given = [x]
+
+    def attempt(model: nn.Module) -> list[Tensor] | str:
+        try:
+            return list(torch.autograd.grad(squares(model(given)), list(model.parameters())))
+        except RuntimeError as error:
+            barrier.abort()
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        exact = list(pool.map(attempt, (build(), build())))
+    barrier.reset()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(attempt, [ActivationRelaxation(build(), solver=solver) for _ in range(2)]))
+    assert given[0] is x
+    assert any("give each thread a list of its own" in y for y in found if isinstance(y, str)) or all(
+        torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+        for ours, theirs in zip(found, exact, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )
+
+
+@cutting_solvers
+def test_threads_may_share_a_list_that_holds_no_input(solver: Any) -> None:
+    shared: list[Tensor] = []
+    torch.manual_seed(1)
+    model = ActivationRelaxation(Written(lambda x, a: x, lambda x, a, h: a.append(h)).double(), solver=solver)
+
+    def attempt(_: int) -> None:
+        torch.autograd.grad(squares(model(X.clone().requires_grad_(), shared)), list(model.parameters()))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(attempt, range(20)))
+    assert len(shared) == 20

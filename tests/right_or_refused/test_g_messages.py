@@ -6,9 +6,12 @@ taken.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,13 +23,18 @@ from relaxprop import (
     ActivationRelaxation,
     ClosedForm,
     Equilibrium,
+    Euler,
+    alignment,
     certificate,
+    convergence,
     describe_locality,
 )
 from tests.right_or_refused.verdicts import (
     REFUSALS,
+    TOLERANCE,
     Found,
     assert_same,
+    check_refused,
     gradients,
     named_gradients,
     right_or_refused,
@@ -211,6 +219,120 @@ def test_a_tensor_on_an_attribute_is_right_or_named(setting: dict[str, Any]) -> 
 # --------------------------------------------------------------------------------------------------- state carried over
 
 
+class Carries(Net):
+    """A state that goes from call to call undetached, on an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recall: Any = None
+
+    def old(self) -> Tensor:
+        return torch.zeros(3, 5, dtype=torch.float64) if self.recall is None else self.recall
+
+    def keep(self, h: Tensor) -> None:
+        self.recall = h
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x) + self.old())
+        self.keep(h)
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+
+class CarriesInList(Carries):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recall = []
+
+    def old(self) -> Tensor:
+        return self.recall[-1] if self.recall else torch.zeros(3, 5, dtype=torch.float64)
+
+    def keep(self, h: Tensor) -> None:
+        self.recall.append(h)
+
+
+class CarriesInDict(Carries):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recall = {}
+
+    def old(self) -> Tensor:
+        return self.recall.get("h", torch.zeros(3, 5, dtype=torch.float64))  # type: ignore[no-any-return]
+
+    def keep(self, h: Tensor) -> None:
+        self.recall["h"] = h
+
+
+class CarriesInBuffer(Carries):
+    """The running state of a recurrent cell in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.recall
+        self.register_buffer("recall", None)
+
+
+class CarriesAverage(Carries):
+    """A moving average of activities that keeps its graph."""
+
+    def keep(self, h: Tensor) -> None:
+        self.recall = 0.5 * self.old() + 0.5 * h
+
+
+class CarriesOnChild(Carries):
+    """On a part of the model."""
+
+    def old(self) -> Tensor:
+        return vars(self.motor).get("recall", torch.zeros(3, 5, dtype=torch.float64))  # type: ignore[no-any-return]
+
+    def keep(self, h: Tensor) -> None:
+        vars(self.motor)["recall"] = h
+
+
+CARRYING = (Carries, CarriesInList, CarriesInDict, CarriesInBuffer, CarriesAverage, CarriesOnChild)
+
+
+@every_setting
+@pytest.mark.parametrize("net", CARRYING)
+def test_state_carried_over_undetached_is_right_or_named(net: type[Net], setting: dict[str, Any]) -> None:
+    """Two calls, one loss over both, as backpropagation through time has it. The issue leaves the choice."""
+
+    def attempt(model: nn.Module) -> Found:
+        loss = squares(model(batch())) + squares(model(-batch()))
+        loss.backward()  # type: ignore[no-untyped-call]
+        return named_gradients(model)
+
+    exact = attempt(net())
+    right_or_refused(lambda: attempt(ActivationRelaxation(net(), **setting)), exact, "recall", "motor.recall")
+
+
+@every_setting
+@pytest.mark.parametrize("net", CARRYING)
+def test_state_carried_over_undetached_from_a_pass_that_is_done(net: type[Net], setting: dict[str, Any]) -> None:
+    """A loss and a backward per call: backpropagation itself refuses the second ("backward through the graph a second
+    time"). So must this, but naming the attribute, where the graph is cut; or it trains by the second call alone."""
+    model, twin = ActivationRelaxation(net(), **setting), net()
+
+    def alone() -> Found:
+        twin(batch())
+        held: Any = (
+            vars(twin.motor) if net is CarriesOnChild else twin._buffers if net is CarriesInBuffer else vars(twin)
+        )
+        recall = held["recall"]
+        if isinstance(recall, list):
+            recall[-1] = recall[-1].detach()
+        elif isinstance(recall, dict):
+            recall["h"] = recall["h"].detach()
+        else:
+            held["recall"] = recall.detach()
+        return gradients(twin, -batch())
+
+    exact = alone()
+    gradients(model, batch())
+    pytorchs_own = ("second time",) if setting is SETTINGS["Equilibrium"] else ()
+    right_or_refused(lambda: gradients(model, -batch()), exact, "recall", "motor.recall", *pytorchs_own)
+
+
 @every_setting
 def test_state_carried_as_an_argument_is_right(setting: dict[str, Any]) -> None:
     """What is returned and given back is no secret: the gradient goes through both calls."""
@@ -338,6 +460,10 @@ class Slotted:
     data: Tensor
 
 
+class SlottedToo(Slotted):
+    pass
+
+
 class TakesObject(Net):
     def forward(self, x: Any) -> Any:
         while not isinstance(x, Tensor):
@@ -391,7 +517,114 @@ def test_an_input_from_above_in_a_dataclass_is_right_or_named(setting: dict[str,
     right_or_refused(lambda: attempt(ActivationRelaxation(TakesObject(), **setting)), exact, "Batch", "data")
 
 
+class Returns(Net):
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+def _policy(y: Tensor) -> Any:
+    normal = torch.distributions.Normal(y, torch.ones_like(y), validate_args=False)
+    return torch.distributions.Independent(normal, 1, validate_args=False)
+
+
+RETURNED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], str]] = {
+    "dataclass": (Batch, lambda r: squares(r.data), "Batch"),
+    "nested dataclass": (lambda y: Outer(Batch(y)), lambda r: squares(r.inner.data), "Outer"),
+    "list in a dataclass": (lambda y: Batch(torch.zeros(()), [y]), lambda r: squares(r.more[0]), "Batch"),
+    "dataclass in a list": (lambda y: [Outer(Batch(y))], lambda r: squares(r[0].inner.data), "Outer"),
+    "slots": (Slotted, lambda r: squares(r.data), "Slotted"),
+    "namespace of a dict": (
+        lambda y: SimpleNamespace(all={"y": y}),
+        lambda r: squares(r.all["y"]),
+        "SimpleNamespace",
+    ),
+    "Normal": (
+        lambda y: torch.distributions.Normal(y, torch.ones_like(y), validate_args=False),
+        lambda r: squares(r.mean),
+        "Normal",
+    ),
+    "Independent": (_policy, lambda r: squares(r.mean), "Independent"),
+    "beside a tensor": (
+        lambda y: (y, Outer(Batch(2 * y))),
+        lambda r: squares(r[0]) + squares(r[1].inner.data),
+        "Outer",
+    ),
+    "named by a method": (lambda y: SimpleNamespace(y=y).__getattribute__, lambda r: squares(r("y")), "y"),
+    "partly bound": (lambda y: partial(torch.mul, y), lambda r: squares(r(1.0)), "partial"),
+    "deep": (lambda y: Outer(Outer(Batch(y))), lambda r: squares(r.inner.inner.data), "Outer"),  # type: ignore[arg-type]
+    "deque of objects": (lambda y: deque([Batch(y)]), lambda r: squares(r[0].data), "Batch"),
+    "inherited slots": (SlottedToo, lambda r: squares(r.data), "SlottedToo"),
+    "a set": (lambda y: frozenset([y]), lambda r: squares(next(iter(r))), "frozenset"),
+    "a closure": (lambda y: lambda: y, lambda r: squares(r()), "function"),
+}
+
+
+@every_setting
+@pytest.mark.parametrize("case", RETURNED.values(), ids=RETURNED.keys())
+@pytest.mark.parametrize("by", ["backward", "grad"])
+def test_a_result_in_an_object_is_right_or_named(
+    case: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], str], setting: dict[str, Any], by: str
+) -> None:
+    """The issue leaves the choice: right, or the class is named with what to return instead."""
+    wrap, loss, name = case
+
+    def attempt(model: nn.Module) -> Found:
+        if by == "backward":
+            return gradients(model, batch(), loss=loss)
+        parameters = dict(model.named_parameters())
+        found = torch.autograd.grad(loss(model(batch())), list(parameters.values()), allow_unused=True)
+        return {n.removeprefix("module."): g for n, g in zip(parameters, found, strict=True)}
+
+    exact = attempt(Returns(wrap))
+    right_or_refused(lambda: attempt(ActivationRelaxation(Returns(wrap), **setting)), exact, name, "cortex", "motor")
+
+
 # ---------------------------------------------------------------------------------------------------- another thread
+
+
+class Meets(Net):
+    """Two threads are in the middle of the pass at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.retina(x)
+        self.barrier.wait(10)
+        h = self.cortex(h)
+        self.barrier.wait(10)
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        self.barrier.wait(10)
+        return y
+
+
+@every_setting
+def test_two_threads_in_one_wrapper_are_right_or_refused(setting: dict[str, Any]) -> None:
+    """The issue asks that hooks act for their own thread; refused instead, the threads are named."""
+    plain, model = Net(), Meets()
+    wrapper = ActivationRelaxation(model, **setting)
+    parameters = list(model.parameters())
+
+    def attempt(x: Tensor) -> Found:
+        try:
+            with torch.enable_grad():
+                found = torch.autograd.grad(squares(wrapper(x)), parameters)
+        except threading.BrokenBarrierError:
+            raise RuntimeError("the other thread was refused: run one thread at a time") from None
+        except REFUSALS:
+            model.barrier.abort()
+            raise
+        return {name: g for (name, _), g in zip(plain.named_parameters(), found, strict=True)}
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(attempt, x) for x in (batch(), -batch())]
+        for x, future in zip((batch(), -batch()), futures, strict=True):
+            right_or_refused(future.result, gradients(plain, x), "thread", "threads")
 
 
 class BranchesInThreads(Net):
@@ -454,6 +687,317 @@ class Keeps(Net):
     def penalty(self) -> Tensor:
         total: Tensor = self.aside.square().sum()
         return total
+
+
+class KeepsLoss(Keeps):
+    """An auxiliary loss, as a mixture of experts keeps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        self.aside = 2 * h.square().sum()
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+    def penalty(self) -> Tensor:
+        total: Tensor = self.aside
+        return total
+
+
+class KeepsInList(Keeps):
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside = []
+        h = self.cortex(self.retina(x))
+        self.aside.append(h)
+        k = self.motor(self.relay(h))
+        self.aside.append(k)
+        y: Tensor = self.readout(k)
+        return y
+
+    def penalty(self) -> Tensor:
+        total: Tensor = torch.cat(self.aside).square().sum()
+        return total
+
+
+class KeepsByHook(Keeps):
+    """A feature extractor: a forward hook puts an activity in a dict of the user's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = {}
+        self.motor.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.aside["motor"] = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Net.forward(self, x)  # type: ignore[no-any-return]
+
+    def penalty(self) -> Tensor:
+        total: Tensor = self.aside["motor"].square().sum()
+        return total
+
+
+class KeepsBeforeVertex(Keeps):
+    """What is between two vertices, computed from one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relay(self.cortex(self.retina(x)))
+        self.aside = h
+        y: Tensor = self.readout(self.motor(h))
+        return y
+
+
+class KeepsOutput(Keeps):
+    """The output itself, kept as well as returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Net.forward(self, x)
+        self.aside = y
+        return y
+
+
+class KeepsAboveAll(Keeps):
+    """Above every vertex: no product with A reaches it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.retina(x)
+        self.aside = u
+        y: Tensor = self.readout(self.motor(self.relay(self.cortex(u))))
+        return y
+
+
+ELSEWHERE: dict[str, Any] = {}
+
+
+class KeepsGlobally(Keeps):
+    """In a dict of the script's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        ELSEWHERE["h"] = h.sin()
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+    def penalty(self) -> Tensor:
+        total: Tensor = ELSEWHERE["h"].square().sum()
+        return total
+
+
+class KeepsInClosure(Keeps):
+    """What computes the penalty is kept, and encloses the activity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        self.aside = lambda: (h**2).sum()
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+    def penalty(self) -> Tensor:
+        total: Tensor = self.aside()
+        return total
+
+
+class KeepsOutside(KeepsByHook):
+    """A hook of the user's puts what a layer gets in a list that the model does not know."""
+
+    def __init__(self) -> None:
+        Keeps.__init__(self)
+        seen: list[Tensor] = []
+        self.relay.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        self.penalty = lambda: seen[-1].square().sum()  # type: ignore[method-assign]
+
+
+class KeepsOnChild(Keeps):
+    """On a part of the model, in a tuple in a dict."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        vars(self.motor)["aside"] = {"now": (h, 1)}
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+    def penalty(self) -> Tensor:
+        total: Tensor = vars(self.motor)["aside"]["now"][0].square().sum()
+        return total
+
+
+class KeepsDifference(Keeps):
+    """Computed from two activities and from the weights between them (predictive coding, consistency losses)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        k = self.motor(self.relay(h))
+        self.aside = k - self.relay(h)
+        y: Tensor = self.readout(k)
+        return y
+
+
+KEEPING = (
+    Keeps,
+    KeepsLoss,
+    KeepsInList,
+    KeepsByHook,
+    KeepsBeforeVertex,
+    KeepsOutput,
+    KeepsAboveAll,
+    KeepsGlobally,
+    KeepsInClosure,
+    KeepsOutside,
+    KeepsOnChild,
+    KeepsDifference,
+)
+NAMES = "aside", "cortex", "motor", "relay", "retina", "readout", "linear", "tanh", "sin", "square"
+
+
+def _backward(model: nn.Module, loss: Tensor) -> Found:
+    loss.backward()  # type: ignore[no-untyped-call]
+    return named_gradients(model)
+
+
+def _grad(model: nn.Module, loss: Tensor) -> Found:
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {n.removeprefix("module."): g for n, g in zip(parameters, found, strict=True)}
+
+
+def _backward_inputs(model: nn.Module, loss: Tensor) -> Found:
+    loss.backward(inputs=list(model.parameters()))  # type: ignore[no-untyped-call]
+    return named_gradients(model)
+
+
+WAYS = {"backward": _backward, "grad": _grad, "backward(inputs=…)": _backward_inputs}
+
+
+@every_setting
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("net", KEEPING)
+def test_a_loss_that_reads_a_kept_activity_is_right_or_named(
+    net: type[Keeps], way: Callable[[nn.Module, Tensor], Found], setting: dict[str, Any]
+) -> None:
+    """By whichever call the gradient is taken. Uncut, under `Equilibrium`, it is right."""
+
+    def attempt(model: Keeps, wrapper: nn.Module) -> Found:
+        return way(wrapper, squares(wrapper(batch())) + model.penalty())
+
+    plain, model = net(), net()
+    exact = attempt(plain, plain)
+    right = right_or_refused(lambda: attempt(model, ActivationRelaxation(model, **setting)), exact, *NAMES)
+    if setting is SETTINGS["Equilibrium"]:
+        assert right, "the graph is not cut: nothing is to be refused"
+
+
+@every_setting
+@pytest.mark.parametrize("way", [_backward, alignment], ids=["backward", "alignment"])
+def test_a_loss_that_reads_nothing_but_a_kept_activity_is_right_or_named(way: Any, setting: dict[str, Any]) -> None:
+    def attempt(model: Keeps, wrapper: nn.Module) -> Found:
+        if way is alignment and wrapper is not model:
+            found = alignment(wrapper, lambda y: model.penalty(), batch())
+            assert max(entry.distance for entry in found.values()) <= TOLERANCE
+        wrapper(batch())
+        return _backward(wrapper, model.penalty())
+
+    plain, model = Keeps(), Keeps()
+    exact = attempt(plain, plain)
+    right_or_refused(lambda: attempt(model, ActivationRelaxation(model, **setting)), exact, *NAMES)
+
+
+class KeepsLater(Keeps):
+    """Keeps from its third pass on."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        h = self.cortex(self.retina(x))
+        self.aside = h if self.passes > 2 else h.detach()
+        y: Tensor = self.readout(self.motor(self.relay(h)))
+        return y
+
+
+@every_setting
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("part", ["all", "one", "retained"])
+def test_whichever_pass_keeps_and_whatever_is_asked_for(
+    part: str, way: Callable[[nn.Module, Tensor], Found], setting: dict[str, Any]
+) -> None:
+    """A later pass than the first, one weight only, a graph that is kept."""
+
+    def attempt(model: Keeps, wrapper: nn.Module) -> Found:
+        for _ in range(2):
+            way(wrapper, squares(wrapper(batch())) + model.penalty())
+        wrapper.zero_grad()
+        loss = squares(wrapper(batch())) + model.penalty()
+        if part == "all":
+            return way(wrapper, loss)
+        wanted = [model.retina.weight]
+        if part == "retained":
+            torch.autograd.grad(loss, wanted, retain_graph=True)
+        return {"retina.weight": torch.autograd.grad(loss, wanted)[0]}
+
+    plain, model = KeepsLater(), KeepsLater()
+    exact = attempt(plain, plain)
+    right = right_or_refused(lambda: attempt(model, ActivationRelaxation(model, **setting)), exact, *NAMES)
+    assert right == (setting is SETTINGS["Equilibrium"])
+
+
+@every_setting
+@pytest.mark.parametrize("net", [Keeps, KeepsAboveAll, KeepsGlobally])
+def test_a_kept_activity_that_only_some_gradients_look_at_is_right(net: type[Keeps], setting: dict[str, Any]) -> None:
+    """The loss does not read it, whichever call the gradient is taken by."""
+    exact = gradients(net(), batch())
+    for way in WAYS.values():
+        wrapper = ActivationRelaxation(net(), **setting)
+        assert_same(way(wrapper, squares(wrapper(batch()))), exact)
+
+
+@every_setting
+def test_one_wrapper_that_reads_what_another_keeps_is_right_or_named(setting: dict[str, Any]) -> None:
+    """The kept activity is an argument of the second model, and nothing else of the first is in the loss but itself."""
+
+    class Head(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.retina = nn.Linear(5, 5).double()
+
+    def attempt(model: Keeps, wrapper: nn.Module, head: nn.Module) -> Found:
+        y = wrapper(batch())
+        found = torch.autograd.grad(squares(y) + squares(head(model.aside)), list(model.parameters()))
+        return {name: g for (name, _), g in zip(model.named_parameters(), found, strict=True)}
+
+    plain, model = Keeps(), Keeps()
+    exact = attempt(plain, plain, Head())
+    right_or_refused(
+        lambda: attempt(model, ActivationRelaxation(model, **setting), ActivationRelaxation(Head(), **setting)),
+        exact,
+        *NAMES,
+    )
+
+
+@every_setting
+@pytest.mark.parametrize("net", KEEPING)
+def test_alignment_of_such_a_loss_is_right_or_named(net: type[Keeps], setting: dict[str, Any]) -> None:
+    """It compares by ``torch.autograd.grad``."""
+    model = net()
+    wrapper = ActivationRelaxation(model, **setting)
+    try:
+        found = alignment(wrapper, lambda y: squares(y) + model.penalty(), batch())
+    except REFUSALS as error:
+        check_refused(error, *NAMES)
+        return
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert max(entry.distance for entry in found.values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("net", KEEPING)
+def test_convergence_of_such_a_loss_is_right_or_named(net: type[Keeps]) -> None:
+    model = net()
+    wrapper = ActivationRelaxation(model)
+    try:
+        found = convergence(wrapper, lambda y: squares(y) + model.penalty(), batch(), solver=Euler(1.0, 4))
+    except REFUSALS as error:
+        check_refused(error, *NAMES)
+        return
+    assert max(float(curve[-1]) for curve in found.measured.values()) <= TOLERANCE
 
 
 @every_setting
