@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from relaxprop._pytorch import accumulated_hooks, engine_calls, is_leaf_node, leaf_of, tree_leaves
+from relaxprop._pytorch import accumulated_hooks, engine_calls, hook_accumulated, is_leaf_node, leaf_of, tree_leaves
 from relaxprop.graph import Graph
 
 _STRUCTURE = frozenset(vars(nn.Module()))
@@ -25,7 +25,7 @@ _STRUCTURE = frozenset(vars(nn.Module()))
 
 def mark(stand_in: Tensor, origin: str, module: ReferenceType[nn.Module]) -> None:
     """Marks the leaf tensor as one that a recorded pass of the module hands on, and lets no gradient be left in it."""
-    stand_in.register_post_accumulate_grad_hook(partial(_refuse_gradient, origin, module))  # type: ignore[no-untyped-call]
+    hook_accumulated(stand_in, partial(_refuse_gradient, origin, module))
 
 
 def refuse_earlier(module: nn.Module, leaf: Tensor) -> None:

@@ -118,8 +118,9 @@ def record(
     stand_ins = arguments.inputs
     inputs = [pair for key, pair in stand_ins.items() if key in graph.read and pair[0].requires_grad]
     trained = {key: tensor for key, tensor in graph.read.items() if key not in stand_ins}
-    _check_trained(module, parts, trained)
     parameters = list(trained.values())
+    for leaf in parameters:
+        refuse_earlier(module, leaf)
     modules = cut.modules
     uncalled = [name for name in modules.values() if name not in run.calls] if len(run.calls) < len(modules) else []
     looks = report_unrelaxed or (cut.operations and not run.calls)
@@ -139,18 +140,3 @@ def _operations(run: Run) -> list[str]:
     """The nonlinear operations of a run that no vertex stands for."""
     cut = [v.output for v in run.vertices]
     return operations([*run.outputs, *cut], run.within | {x.grad_fn for x in cut})
-
-
-def _check_trained(module: nn.Module, parts: Iterable[nn.Module], leaves: Mapping[int, Tensor]) -> None:
-    """Refuse what earlier passes have cut off: no gradient could reach it. Other leaf tensors train, whosever they are.
-
-    Raises:
-        ValueError: if there is one.
-    """
-    # The parameters of the parts that a hook can see are nearly always all, and found at a fraction of the price.
-    if leaves.keys() <= {id(p) for part in parts for p in part._parameters.values()}:
-        return
-    known = {id(p) for p in module.parameters()}
-    for key, tensor in leaves.items():
-        if key not in known:
-            refuse_earlier(module, tensor)

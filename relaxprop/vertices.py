@@ -5,7 +5,7 @@ May import: _pytorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from threading import local
 from typing import Any, Literal, cast, get_args
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from relaxprop._pytorch import has_hooks
+from relaxprop._pytorch import has_hooks, hook_calls, unhook_calls
 
 Granularity = Literal["activations", "modules", "operations"]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -143,7 +143,7 @@ class Hooked:
     """
 
     def __init__(
-        self, modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any], run: object = None
+        self, modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any], run: object = None
     ) -> None:
         self.modules = modules
         self.hook = hook
@@ -152,16 +152,14 @@ class Hooked:
     def __enter__(self) -> None:
         self._outer = getattr(_now, "run", None)
         _now.run = self.run
-        # A scripted module runs hooks, but refuses to register them by its own method.
-        self._handles = [nn.Module.register_forward_hook(m, self) for m in self.modules]
+        hook_calls(self.modules, self)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         return self.hook(module, args, output) if getattr(_now, "run", None) is self.run else None
 
     def __exit__(self, *_: object) -> None:
         _now.run = self._outer
-        for handle in self._handles:
-            handle.remove()
+        unhook_calls(self.modules, self)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()

@@ -255,6 +255,51 @@ def test_accumulated_hooks_are_those_that_were_registered() -> None:
     assert not _pytorch.accumulated_hooks(x)
 
 
+def test_a_hook_on_what_accumulates_is_the_public_one() -> None:
+    arrived: list[Tensor] = []
+    for place in (_pytorch.hook_accumulated, Tensor.register_post_accumulate_grad_hook):
+        x = leaf(2)
+        place(x, arrived.append)
+        (3 * x).sum().backward()  # type: ignore[no-untyped-call]
+        torch.autograd.grad((3 * x).sum(), x)  # accumulates nothing
+        assert arrived.pop() is x
+        assert not arrived
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: torch.jit.script(nn.Linear(2, 2))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_hook_on_calls_follows_those_that_are_there_and_is_taken_away(make: Callable[[], nn.Module]) -> None:
+    module, order, x = make(), list[str](), torch.zeros(1, 2)
+    handle = nn.Module.register_forward_hook(module, lambda *_: order.append("the user's"))
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        order.append("this one")
+        return output + 1
+
+    plain = module(x)
+    _pytorch.hook_calls([module], hook)
+    assert torch.equal(module(x), plain + 1)
+    assert order == ["the user's", "the user's", "this one"]
+    handle.remove()
+    _pytorch.unhook_calls([module], hook)
+    assert torch.equal(module(x), plain)
+    assert len(order) == 3
+    _pytorch.unhook_calls([module], hook)  # nothing is left to take away
+
+
+def test_modules_with_backward_hooks() -> None:
+    first, second, neither = nn.Tanh(), nn.Tanh(), nn.Tanh()
+    first.register_full_backward_hook(lambda *_: None)
+    second.register_full_backward_pre_hook(lambda *_: None)
+    assert _pytorch.with_backward_hooks([first, neither, second]) == [first, second]
+
+
+def test_scripted_and_compiled_modules_are_opaque() -> None:
+    assert not _pytorch.is_opaque(nn.Linear)
+    assert _pytorch.is_opaque(torch.jit.ScriptModule)
+    assert _pytorch.is_opaque(type(cast(nn.Module, torch.compile(nn.Linear(2, 2), backend="eager"))))
+
+
 def test_arrived_hooks_can_be_set_aside() -> None:
     x, seen = leaf(2), list[Tensor]()
     assert not _pytorch.arrived_hooks(x)
