@@ -127,7 +127,7 @@ class Arguments:
         lists and dicts that the caller has given: the model may write into them.
 
         Raises:
-            RuntimeError: such a list or dict is given to another thread's pass at this time.
+            RuntimeError: if such a list or dict is given to another thread's pass at this time.
         """
         if not self.inputs:
             yield self.args, self.kwargs

@@ -32,7 +32,7 @@ def refuse_earlier(module: nn.Module, leaf: Tensor) -> None:
     """Refuse a leaf that a pass reads and that an earlier pass has handed on: no gradient could reach it.
 
     Raises:
-        ValueError: it is one.
+        ValueError: if it is one.
     """
     if (hook := _mark_of(leaf)) is not None:
         raise ValueError(
@@ -52,7 +52,7 @@ def is_read_beside(phase: Node, graph: Graph, *, always: bool = True) -> bool:
         always: whether to look where all leaves get their gradients, too. There an activity refuses its own.
 
     Raises:
-        RuntimeError: the loss reads an activity, and only some gradients are asked for (``torch.autograd.grad``,
+        RuntimeError: if the loss reads an activity, and only some gradients are asked for (``torch.autograd.grad``,
             ``backward(inputs=…)``). Autograd runs what leads to a tensor that is asked for then, and nothing leads from
             an activity to a parameter.
     """
@@ -70,7 +70,7 @@ def refuse_reading(loss: Tensor, graph: Graph | None = None) -> None:
     """Refuse a loss that reads what the model computed and did not return.
 
     Raises:
-        RuntimeError: it reads an activity, or what ``graph`` has on the way to one.
+        RuntimeError: if it reads an activity, or what ``graph`` has on the way to one.
     """
     if not loss.requires_grad:
         return

@@ -101,7 +101,7 @@ def tensors_requiring_grad(nested: Any) -> list[Tensor]:
     """The tensors in ``nested`` that require grad, in order.
 
     Raises:
-        TypeError: there are such tensors in an object that PyTorch does not know how to take apart.
+        TypeError: if there are such tensors in an object that PyTorch does not know how to take apart.
     """
     if isinstance(nested, Tensor):
         return [nested] if nested.requires_grad else []

@@ -78,9 +78,9 @@ def record(
         report_unrelaxed: whether to look for what did not relax.
 
     Raises:
-        TypeError: the model's result holds tensors in an object that PyTorch cannot take apart.
-        ValueError: the model read an activity that it kept from an earlier pass, or differentiates across a cut.
-        RuntimeError: something is unfrozen, but the model cannot be run again as it was.
+        TypeError: if the model's result holds tensors in an object that PyTorch cannot take apart.
+        ValueError: if the model read an activity that it kept from an earlier pass, or differentiates across a cut.
+        RuntimeError: if something is unfrozen, but the model cannot be run again as it was.
     """
     kwargs = kwargs or {}
     writes = writes or Writes()

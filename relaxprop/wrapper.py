@@ -48,8 +48,8 @@ class Settings:
     """How a wrapped model relaxes; the arguments of `ActivationRelaxation`, checked together.
 
     Raises:
-        TypeError: an option of the wrong type.
-        ValueError: an unknown option, or options that exclude one another.
+        TypeError: if an option has the wrong type.
+        ValueError: if an option is unknown, or options exclude one another.
     """
 
     solver: Solver = UNTIL_CONVERGED
@@ -86,7 +86,7 @@ def check_together(solver: Solver, vertices: Granularity | Iterable[nn.Module], 
     """Refuse settings that exclude one another.
 
     Raises:
-        ValueError: the solver needs the relaxation's derivative frozen, or the factors of an update are taken at
+        ValueError: if the solver needs the relaxation's derivative frozen, or the factors of an update are taken at
             different activities where no update has both factors.
     """
     check_solves(solver, linear=frozen.relaxation_derivative)
@@ -162,13 +162,13 @@ class ActivationRelaxation(Transparent):
         last_relaxation: the `Relaxation` record of the latest backward pass, None before the first.
 
     Raises:
-        TypeError: ``module`` is no module, is already wrapped, or is one that has to be outside of the wrapper
-            (``DistributedDataParallel``, ``fully_shard``, a ``LightningModule``); or an option has the wrong type; in
-            the forward pass, tensors in an object that PyTorch cannot take apart.
-        ValueError: an unknown option, a solver that needs the relaxation's derivative frozen, or no vertex is found; in
-            the forward pass, ``module`` reads an activity that it has kept from an earlier pass,
-            differentiates by itself across a vertex, or cannot be run again, as what is unfrozen needs.
-        NonFiniteStateError: in the backward pass, see ``check_finite``.
+        TypeError: if ``module`` is not a module, is already wrapped, or has to be outside of the wrapper
+            (``DistributedDataParallel``, ``fully_shard``, a ``LightningModule``), or if an option has the wrong type;
+            in the forward pass, if the result has tensors in an object that PyTorch cannot take apart.
+        ValueError: if an option is unknown, a solver needs the relaxation's derivative frozen, or no vertex is found;
+            in the forward pass, if ``module`` reads an activity that it has kept from an earlier pass, differentiates
+            by itself across a vertex, or cannot be run again, as what is unfrozen needs.
+        NonFiniteStateError: in the backward pass, if a state is not finite (``check_finite``).
         RuntimeError: in the forward pass, if a gradient would pass through a transform of torch.func, or if something
             is unfrozen and ``module`` keeps a state that cannot be put back before it runs again; in the backward pass,
             if a second derivative is asked for (``create_graph=True``), or if the loss reads an activity that
@@ -410,7 +410,7 @@ def _refuse_outer(module: object) -> None:
     """Refuse what has to be outside of the wrapper, or cannot be wrapped.
 
     Raises:
-        TypeError: names the class and the right order.
+        TypeError: if it is; the error names the class and the right order.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

@@ -54,8 +54,8 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, 
         By the parameter's name in the plain module; parameters that the loss does not depend on are left out.
 
     Raises:
-        TypeError: ``model`` is not wrapped, or the loss is no scalar.
-        RuntimeError: the passes differ, as the model keeps a state where it is not put back, or the loss reads an
+        TypeError: if ``model`` is not wrapped, or the loss is not a scalar.
+        RuntimeError: if the passes differ, since the model keeps a state where it is not put back, or the loss reads an
             activity that the model did not return.
     """
     check_model(model)
@@ -92,7 +92,7 @@ def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
         By the layer's name in the plain module; empty where no layer has backwards weights of its own.
 
     Raises:
-        TypeError: ``module`` is no module.
+        TypeError: if ``module`` is not a module.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")

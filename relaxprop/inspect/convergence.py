@@ -50,8 +50,8 @@ def certificate(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> dic
         By the vertex's name, those next to the output first.
 
     Raises:
-        TypeError: ``model`` is not wrapped.
-        ValueError: the relaxation's derivative is not frozen, so that the states are no weighted sum.
+        TypeError: if ``model`` is not wrapped.
+        ValueError: if the relaxation's derivative is not frozen, so that the states are no weighted sum.
     """
     check_model(model)
     if not model.settings.frozen.relaxation_derivative:
@@ -102,10 +102,10 @@ def convergence(
         Curves by the parameter's name in the plain module, without those whose gradient is zero.
 
     Raises:
-        TypeError: ``model`` is not wrapped, or the loss is no scalar.
-        ValueError: no solver is given and the model's own has no steps to follow; or not everything is frozen, where
-            the gradient is no sum over hops.
-        RuntimeError: the passes differ, as the model keeps a state where it is not put back.
+        TypeError: if ``model`` is not wrapped, or the loss is not a scalar.
+        ValueError: if no solver is given and the model's own has no steps to follow, or if not everything is frozen,
+            where the gradient is not a sum over hops.
+        RuntimeError: if the passes differ, since the model keeps a state where it is not put back.
     """
     check_model(model)
     frozen = model.settings.frozen
