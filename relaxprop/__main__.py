@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    """Runs `relaxprop.lab.cli`, whose imports take some seconds."""
+    """Runs `relaxprop.lab.cli.main`, whose imports take some seconds."""
     try:
-        from relaxprop.lab.cli import main as run
+        from relaxprop.lab.cli.main import main as run
 
         run()
     except ModuleNotFoundError as error:

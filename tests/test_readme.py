@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from relaxprop.lab import graphs
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.bench import Benchmark, markdown
-from relaxprop.lab.cli import app
+from relaxprop.lab.cli.options import app
+from relaxprop.lab.experiments import depth as cost_of_depth
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -104,9 +104,9 @@ def test_every_architectures_gradients_are_within_the_bound() -> None:
 
 def test_the_closed_form_is_faster_than_its_steps_at_every_depth() -> None:
     ratios = {(c["depth"], c["solver"]): c["ratio"] for c in kept("depth/depth.json")["costs"]}
-    assert {depth for depth, _ in ratios} == set(graphs.DEPTHS)
-    for depth in graphs.DEPTHS:
-        for steps in (graphs.PAPERS, graphs.PLANNED):
+    assert {depth for depth, _ in ratios} == set(cost_of_depth.DEPTHS)
+    for depth in cost_of_depth.DEPTHS:
+        for steps in (cost_of_depth.PAPERS, cost_of_depth.PLANNED):
             assert ratios[depth, f"ClosedForm, {steps}"] < ratios[depth, f"Euler, {steps}"]
 
 

@@ -18,7 +18,7 @@ SAYS = "May import:"
 
 
 def rooms() -> dict[str, ast.Module]:
-    """By name within the package, ``lab.cli`` for relaxprop/lab/cli.py."""
+    """By name within the package, ``lab.store`` for relaxprop/lab/store.py."""
     paths = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in ROOT.rglob("*.py")}
     return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in sorted(paths.items())}
 
@@ -27,10 +27,8 @@ ROOMS = rooms()
 
 
 def imported(room: ast.AST) -> Iterator[str]:
-    """The rooms that are imported anywhere in a file, but for what only the type checker reads."""
+    """The rooms that are imported anywhere in a file."""
     for node in ast.iter_child_nodes(room):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("relaxprop") for alias in node.names), "import names from rooms"
         if isinstance(node, ast.ImportFrom):
@@ -38,8 +36,8 @@ def imported(room: ast.AST) -> Iterator[str]:
             home = (node.module or "").split(".")
             if home == ["relaxprop"]:
                 yield PUBLIC
-            elif home == ["relaxprop", "lab"]:
-                yield from (f"lab.{alias.name}" for alias in node.names)
+            elif home[0] == "relaxprop" and (ROOT / Path(*home[1:])).is_dir():
+                yield from (".".join([*home[1:], alias.name]) for alias in node.names)
             elif home[0] == "relaxprop":
                 yield ".".join(home[1:])
         yield from imported(node)

@@ -2,7 +2,7 @@
 
 The steps of all rules alternate, so that a slow spell of the machine falls on all of them alike.
 
-May import: frozen, public names, solvers, vertices, lab.data, lab.models, lab.records, lab.training.
+May import: frozen, public names, solvers, vertices, lab.data, lab.environment, lab.models, lab.training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from relaxprop import PAPER, ActivationRelaxation, ClosedForm, Equilibrium, Eule
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab import models
 from relaxprop.lab.data import Dataset, Split
-from relaxprop.lab.records import environment
+from relaxprop.lab.environment import environment
 from relaxprop.lab.training import expected_transients, squared_error
 from relaxprop.solvers import Solver
 from relaxprop.vertices import find_vertices

@@ -1,6 +1,6 @@
 """The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
 
-May import: public names, lab.data, lab.models, lab.records.
+May import: public names, lab.config, lab.data, lab.models, lab.results, lab.store.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from relaxprop import (
     feedback_alignment,
 )
 from relaxprop.lab import models
+from relaxprop.lab.config import Loss, OptimizerName, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
-from relaxprop.lab.records import AlignmentSample, EpochMetrics, Loss, OptimizerName, Record, RunConfig
+from relaxprop.lab.results import AlignmentSample, EpochMetrics
+from relaxprop.lab.store import Record
 
 OnEpoch = Callable[[EpochMetrics], None]
 

@@ -14,8 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from relaxprop.__main__ import main as command
-from relaxprop.lab import cli, figures
-from relaxprop.lab.cli import app, main
+from relaxprop.lab.cli import reproduce
+from relaxprop.lab.cli.main import COMMANDS as FUNCTIONS
+from relaxprop.lab.cli.main import main
+from relaxprop.lab.cli.options import app
+from relaxprop.lab.experiments import convergence, paper
 
 COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
 
@@ -34,12 +37,17 @@ def invoke(*args: str) -> tuple[int, str]:
     return result.exit_code, re.sub(r"[│╭╮╰╯─\s]+", " ", result.output)
 
 
+def documented(command: str) -> str:
+    (function,) = (c for c in FUNCTIONS if c.__name__ == command)
+    return function.__doc__ or ""
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command: str) -> None:
     status, text = invoke(command, "--help")
     assert status == 0
     assert "--help" in text
-    for line in cli.__dict__[command].__doc__.splitlines():
+    for line in documented(command).splitlines():
         assert line.strip() in text
 
 
@@ -157,7 +165,7 @@ def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
 def test_without_the_lab_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "relaxprop.lab.cli", None)
+    monkeypatch.setitem(sys.modules, "relaxprop.lab.cli.main", None)
     with pytest.raises(SystemExit, match=r"pip install 'relaxprop\[lab\]'"):
         command()
 
@@ -246,7 +254,7 @@ def test_the_demo_prints_its_table_and_ends_with_its_paths(tmp_path: Path) -> No
     args = ("reproduce", "demo", "--epochs", "1", "--seeds", "1")
     status, text = invoke(*args)
     assert status == 0
-    for condition in figures.UNFROZEN.values():
+    for condition in paper.UNFROZEN.values():
         assert condition.title in text
     for name in ("table.md", "accuracy.csv", "summary.json", "accuracy.png", "convergence.png"):
         assert f"figures/demo-digits/{name}" in text
@@ -327,11 +335,11 @@ def test_an_interrupted_figure_says_how_to_go_on(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_all", interrupt)
+    monkeypatch.setattr(reproduce, "run_all", interrupt)
     assert run_main(monkeypatch, "reproduce", "demo") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
 
 
 def test_the_default_step_sizes_are_those_that_help_names() -> None:
     _, text = invoke("convergence", "--help")
-    assert f"(default: {' '.join(map(str, figures.STEP_SIZES))})" in text
+    assert f"(default: {' '.join(map(str, convergence.STEP_SIZES))})" in text

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from relaxprop.lab import defaults
-from relaxprop.lab.defaults import RULES, Setting
+from relaxprop.lab.experiments import defaults
+from relaxprop.lab.experiments.defaults import RULES, Setting
 
 
 @pytest.mark.parametrize("network", ["ReLU MLP, 2 hidden", "Tanh MLP, 6 hidden", "ResNet", "12-layer transformer"])

@@ -11,35 +11,37 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from relaxprop.lab import data, figures
-from relaxprop.lab.engine import FinishedRun, run_all
-from relaxprop.lab.records import AlignmentSample, EpochMetrics, RunConfig
+from relaxprop.lab import data, stats
+from relaxprop.lab.config import RunConfig
+from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.experiments import conditions, convergence, paper
+from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun
 
 
 def test_mean_and_standard_error() -> None:
-    mean = figures.mean_over_seeds([0.90, 0.92, 0.97])
+    mean = stats.mean_over_seeds([0.90, 0.92, 0.97])
     assert mean.mean == pytest.approx(0.93)
     # Sample variance ((0.03)² + (0.01)² + (0.04)²) / 2 = 0.0013, over n = 3.
     assert mean.standard_error == pytest.approx(math.sqrt(0.0013 / 3))
     assert str(mean) == "93.00 ± 2.08"
-    single = figures.mean_over_seeds([0.5])
+    single = stats.mean_over_seeds([0.5])
     assert math.isnan(single.standard_error)
     assert str(single) == "50.00"
 
 
 def test_what_is_not_a_number_has_no_error() -> None:
-    mean = figures.mean_over_seeds([math.nan, 0.5])
+    mean = stats.mean_over_seeds([math.nan, 0.5])
     assert math.isnan(mean.mean)
     assert math.isnan(mean.standard_error)
 
 
 def test_confidence_interval() -> None:
     # t(0.975, 2) = 4.3027 by any table.
-    low, high = figures.mean_over_seeds([0.90, 0.92, 0.97]).interval
+    low, high = stats.mean_over_seeds([0.90, 0.92, 0.97]).interval
     half = 4.3027 * math.sqrt(0.0013 / 3)
     assert low == pytest.approx(0.93 - half, abs=1e-5)
     assert high == pytest.approx(0.93 + half, abs=1e-5)
-    assert figures.mean_over_seeds([0.5]).interval == (-math.inf, math.inf)
+    assert stats.mean_over_seeds([0.5]).interval == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -57,12 +59,12 @@ def test_confidence_interval() -> None:
         ("destroyed", [-0.45, -0.30, -0.50], "open: 3 seeds cannot tell"),
     ],
 )
-def test_verdict_on_a_claim(claim: figures.Claim, differences: list[float], expected: str) -> None:
-    assert figures.verdict(claim, figures.mean_over_seeds(differences), reference=0.9, chance=0.1) == expected
+def test_verdict_on_a_claim(claim: stats.Claim, differences: list[float], expected: str) -> None:
+    assert stats.verdict(claim, stats.mean_over_seeds(differences), reference=0.9, chance=0.1) == expected
 
 
 NAMES = ["backprop", "baseline", "d"] * 2
-DEMO = figures.EXPERIMENTS["demo"]
+DEMO = paper.EXPERIMENTS["demo"]
 
 
 def runs() -> list[FinishedRun]:
@@ -74,7 +76,7 @@ def runs() -> list[FinishedRun]:
     seconds = {"backprop": 2.0, "baseline": 3.0, "d": 4.0}
     return [
         FinishedRun(
-            RunConfig(rule=figures.UNFROZEN[name].rule, frozen=figures.UNFROZEN[name].frozen, seed=i // 3, epochs=2),
+            RunConfig(rule=paper.UNFROZEN[name].rule, frozen=paper.UNFROZEN[name].frozen, seed=i // 3, epochs=2),
             [
                 EpochMetrics(epoch=epoch, train_loss=1, test_accuracy=a, seconds=seconds[name])
                 for epoch, a in enumerate(accuracies[name][i // 3], 1)
@@ -86,8 +88,8 @@ def runs() -> list[FinishedRun]:
 
 
 def test_the_table_and_the_paired_differences() -> None:
-    rows = figures.summarise(figures.UNFROZEN, NAMES, runs(), chance=0.1)
-    assert [row[:5] for row in figures.table(rows)] == [
+    rows = conditions.summarise(paper.UNFROZEN, NAMES, runs(), chance=0.1)
+    assert [row[:5] for row in conditions.table(rows)] == [
         ("Backpropagation", "87.00 ± 2.00", "2", "4.0", "1.0×"),
         ("Activation Relaxation", "85.00 ± 5.00", "2", "6.0", "1.5×"),
         ("d: presynaptic x in the update", "11.00 ± 1.00", "2", "8.0", "2.0×"),
@@ -104,8 +106,8 @@ def test_the_table_and_the_paired_differences() -> None:
 
 def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
     digits = data.load("digits")
-    demo = figures.EXPERIMENTS["demo"]
-    _, written = figures.write_conditions(demo, NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
+    demo = paper.EXPERIMENTS["demo"]
+    _, written = conditions.write_conditions(demo, NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["command"] == "relaxprop reproduce demo"
@@ -123,8 +125,8 @@ def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
 
 
 def test_the_runs_of_a_figure() -> None:
-    planned = figures.condition_runs(DEMO, "digits", seeds=2, epochs=1)
-    assert [(name, config.seed) for name, config in planned] == [(n, s) for s in (0, 1) for n in figures.UNFROZEN]
+    planned = conditions.condition_runs(DEMO, "digits", seeds=2, epochs=1)
+    assert [(name, config.seed) for name, config in planned] == [(n, s) for s in (0, 1) for n in paper.UNFROZEN]
     assert len({config.id for _, config in planned}) == 12
     for name, config in planned:
         assert config.solver == ("euler" if name in ("a", "c") else "closed-form")
@@ -133,24 +135,24 @@ def test_the_runs_of_a_figure() -> None:
 
 
 def test_some_of_the_runs_of_a_figure() -> None:
-    planned = figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["d"])
+    planned = conditions.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["d"])
     assert [name for name, _ in planned] == ["backprop", "baseline", "d"]
     with pytest.raises(ValueError, match=r"condition must be one of backprop, baseline, a, b, c, d, got 'e'"):
-        figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["e"])
+        conditions.condition_runs(DEMO, "digits", seeds=1, epochs=1, only=["e"])
 
 
 def test_the_runs_of_a_figure_as_coded() -> None:
-    planned = dict(figures.condition_runs(DEMO, "digits", seeds=1, epochs=1, as_coded=True))
+    planned = dict(conditions.condition_runs(DEMO, "digits", seeds=1, epochs=1, as_coded=True))
     assert all(config.left_out == 2 for config in planned.values())
     assert all(planned[name].solver_options["order"] == "sequential" for name in ("baseline", "a", "b", "c", "d"))
     assert [name for name, config in planned.items() if not config.frozen.input] == ["d"]
 
 
 @pytest.mark.parametrize("name", ["figure2", "appendix-c"])
-def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
-    experiment = figures.EXPERIMENTS[name]
+def test_the_runs_of_the_cnns_figures(name: paper.FigureName) -> None:
+    experiment = paper.EXPERIMENTS[name]
     for dataset in experiment.conditions:
-        planned = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1))
+        planned = dict(conditions.condition_runs(experiment, dataset, seeds=1, epochs=1))
         assert len({config.id for config in planned.values()}) == 10
         assert {config.model for config in planned.values()} == {"cnn"}
         assert planned["ψ-f'"].feedback == {"all": "learned"}
@@ -158,16 +160,16 @@ def test_the_runs_of_the_cnns_figures(name: figures.FigureName) -> None:
         assert planned["f'-conv"].dropped == {"convolutional": "both"}
         assert not planned["baseline"].feedback
         assert not planned["baseline"].dropped
-        coded = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1, as_coded=True))["ψ-fc"]
+        coded = dict(conditions.condition_runs(experiment, dataset, seeds=1, epochs=1, as_coded=True))["ψ-fc"]
         assert (coded.model, coded.signed_inputs, coded.convolutional_factor) == ("cnn-as-coded", True, 2)
-    assert figures.EXPERIMENTS["appendix-c"].of("svhn")["f'"].claim == "worse"
-    assert figures.EXPERIMENTS["figure2"].of("leaves") is figures.SIMPLIFIED
+    assert paper.EXPERIMENTS["appendix-c"].of("svhn")["f'"].claim == "worse"
+    assert paper.EXPERIMENTS["figure2"].of("leaves") is paper.SIMPLIFIED
 
 
 def test_the_runs_on_other_graphs() -> None:
-    experiment = figures.EXPERIMENTS["graphs"]
+    experiment = paper.EXPERIMENTS["graphs"]
     for dataset, model in (("docstrings", "transformer"), ("cifar10", "resnet")):
-        planned = dict(figures.condition_runs(experiment, dataset, seeds=1, epochs=1))
+        planned = dict(conditions.condition_runs(experiment, dataset, seeds=1, epochs=1))
         assert planned.keys() == {"backprop", "baseline"}
         assert {config.model for config in planned.values()} == {model}
         assert {config.optimizer for config in planned.values()} == {"adam"}
@@ -175,11 +177,11 @@ def test_the_runs_on_other_graphs() -> None:
 
 
 @pytest.mark.parametrize("claim", ["equivalent", "worse", "destroyed"])
-def test_no_claim_is_tested_where_nothing_was_learned(claim: figures.Claim) -> None:
-    difference = figures.mean_over_seeds([0.0, 0.001, -0.001])
-    assert figures.verdict(claim, difference, reference=0.12, chance=0.12) == "open: nothing has been learned"
-    ahead = figures.mean_over_seeds([0.30, 0.31, 0.32])  # of a reference that has learned nothing
-    assert figures.verdict(claim, ahead, reference=0.12, chance=0.12) == "does not hold: +31.0 points"
+def test_no_claim_is_tested_where_nothing_was_learned(claim: stats.Claim) -> None:
+    difference = stats.mean_over_seeds([0.0, 0.001, -0.001])
+    assert stats.verdict(claim, difference, reference=0.12, chance=0.12) == "open: nothing has been learned"
+    ahead = stats.mean_over_seeds([0.30, 0.31, 0.32])  # of a reference that has learned nothing
+    assert stats.verdict(claim, ahead, reference=0.12, chance=0.12) == "does not hold: +31.0 points"
 
 
 def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
@@ -205,14 +207,14 @@ def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
         return FinishedRun(run.config, metrics, run.environment)
 
     with_alignment = [measured(run, 0.02 * (i // 3)) for i, run in enumerate(runs())]
-    curves = figures.alignment_curves(NAMES, with_alignment)
+    curves = conditions.alignment_curves(NAMES, with_alignment)
     assert curves.keys() == {"baseline", "d"}
     weight = curves["d"].gradients["linear1.weight"]
     assert weight.epochs == (0, 0.5, 1, 1.5)
     assert weight.cosines[0].mean == pytest.approx(0.91)
     assert weight.cosines[0].standard_error == pytest.approx(0.01)  # of 0.90 and 0.92: 0.02 / √2 over √2
     assert [m.mean for m in curves["d"].feedback["linear1"].cosines] == pytest.approx([0, 0.1, 0, 0.1])
-    _, written = figures.write_conditions(DEMO, NAMES, with_alignment, data.load("digits"), tmp_path, "command")
+    _, written = conditions.write_conditions(DEMO, NAMES, with_alignment, data.load("digits"), tmp_path, "command")
     assert {"alignment.csv", "alignment.png"} <= {path.name for path in written}
     rows = list(csv.DictReader((tmp_path / "alignment.csv").read_text().splitlines()))
     assert len(rows) == 2 * 3 * 4  # conditions × quantities × measurements
@@ -222,8 +224,8 @@ def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
 
 
 def test_there_is_no_figure_of_alignment_where_none_was_measured(tmp_path: Path) -> None:
-    assert figures.alignment_curves(NAMES, runs()) == {}
-    _, written = figures.write_conditions(DEMO, NAMES, runs(), data.load("digits"), tmp_path, "command")
+    assert conditions.alignment_curves(NAMES, runs()) == {}
+    _, written = conditions.write_conditions(DEMO, NAMES, runs(), data.load("digits"), tmp_path, "command")
     assert not any("alignment" in path.name for path in written)
 
 
@@ -235,7 +237,7 @@ def test_a_condition_that_diverges_is_a_result(tmp_path: Path) -> None:
 
 
 def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:
-    planned = figures.condition_runs(DEMO, "digits", seeds=1, epochs=2)
+    planned = conditions.condition_runs(DEMO, "digits", seeds=1, epochs=2)
     configs, digits = [config for name, config in planned if name in ("baseline", "backprop")], data.load("digits")
     for _ in range(2):
         counted: list[int] = []
@@ -245,7 +247,7 @@ def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:
 
 
 def test_convergence_is_as_predicted_for_every_step_size() -> None:
-    for curve in figures.convergence_by_step_size(data.load("digits"), step_sizes=(0.1, 1.5), num_steps=30):
+    for curve in convergence.convergence_by_step_size(data.load("digits"), step_sizes=(0.1, 1.5), num_steps=30):
         assert curve.depth == 3
         for name, measured in curve.measured.items():
             np.testing.assert_allclose(measured, curve.predicted[name], atol=1e-13, rtol=1e-9)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relaxprop.lab import data
-from relaxprop.lab.records import RunConfig
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.training import train
 
 pytestmark = pytest.mark.real_data

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from relaxprop.lab import data
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset, Split
-from relaxprop.lab.engine import run_all
-from relaxprop.lab.records import OutputError, RunConfig, RunLine, read_run, take_over, write_lines
+from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.results import RunLine
+from relaxprop.lab.store import OutputError, read_run, take_over, write_lines
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ from pydantic import ValidationError
 from relaxprop import ActivationRelaxation, NonFiniteStateError
 from relaxprop.frozen import Frozen
 from relaxprop.lab import data, training
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.models import ModelError, build
-from relaxprop.lab.records import EpochMetrics, OutputError, Record, RunConfig, read_run
+from relaxprop.lab.results import EpochMetrics
+from relaxprop.lab.store import OutputError, Record, read_run
 from relaxprop.lab.training import accuracy, minibatches, train
 from relaxprop.solvers import ClosedForm, Euler
 

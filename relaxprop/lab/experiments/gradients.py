@@ -1,19 +1,19 @@
-"""Appendix A on real models: the gradients of every architecture, without a global clock too, and the cost of depth.
+"""Appendix A on real models: the gradients of every architecture, without a global clock too.
 
-May import: public names, recording, solvers, transients, lab.architectures, lab.bench, lab.plots, lab.records.
+May import: public names, recording, solvers, transients, lab.architectures, lab.bench, lab.environment,
+lab.report.plots, lab.report.tables, lab.results, lab.store.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from torch import nn
 
 from relaxprop import (
@@ -25,10 +25,13 @@ from relaxprop import (
     convergence,
     steps_to_converge,
 )
-from relaxprop.lab import plots
 from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
 from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
-from relaxprop.lab.records import environment, markdown_table, write_atomically
+from relaxprop.lab.environment import environment
+from relaxprop.lab.report import plots
+from relaxprop.lab.report.tables import NamedTable, markdown_table
+from relaxprop.lab.results import Asynchronous, Comparison
+from relaxprop.lab.store import write_atomically
 from relaxprop.recording import record
 from relaxprop.solvers import Solver
 from relaxprop.transients import UPDATE_PROBABILITY
@@ -36,26 +39,6 @@ from relaxprop.transients import UPDATE_PROBABILITY
 STEP_SIZE = 0.5
 TOLERANCE = 1e-14  # weight of the initial state; gradients can be many orders of magnitude smaller than activities
 BOUND = 1e-10  # error in float64 at convergence
-DEPTHS = (4, 10, 20, 50, 100, 200)
-
-
-class Comparison(BaseModel):
-    """One architecture, every operation of it a vertex.
-
-    Errors are distances to backpropagation's gradient relative to its norm, the largest over all parameters, in
-    float64; costs are times of a forward pass, relaxation phase and gradients relative to backpropagation's, in
-    float32, both by solver.
-    """
-
-    architecture: str
-    title: str
-    parameters: int
-    vertices: int
-    depth: int
-    steps: int  # planned: the initial state weighs at most `TOLERANCE` then
-    errors: dict[str, float]
-    costs: dict[str, float]
-    recording: dict[str, float]  # time of a recorded forward pass over a plain one's, by the choice of vertices
 
 
 def compare(name: str, *, step_size: float = STEP_SIZE, rounds: int = 5, small: bool = False) -> Comparison:
@@ -106,7 +89,7 @@ def _depth(problem: Problem) -> tuple[int, int]:
     return graph.depth, len(graph.vertices)
 
 
-def _gradients(model: nn.Module, problem: Problem) -> Step:
+def gradient_step(model: nn.Module, problem: Problem) -> Step:
     """Forward pass, backward pass or relaxation phase, gradients."""
 
     def step() -> None:
@@ -127,14 +110,16 @@ def _costs(problem: Problem, solvers: Mapping[str, Solver], rounds: int) -> dict
         return ActivationRelaxation(problem.model, solver=solver, vertices=vertices)
 
     timed = {name: solver for name, solver in solvers.items() if name != "asynchronous"}
-    steps: dict[str, Step] = {BASELINE: _gradients(problem.model, problem)}
+    steps: dict[str, Step] = {BASELINE: gradient_step(problem.model, problem)}
     steps |= {
-        name: _gradients(wrapped(solver), problem) for name, solver in timed.items() if not isinstance(solver, Euler)
+        name: gradient_step(wrapped(solver), problem) for name, solver in timed.items() if not isinstance(solver, Euler)
     }
     steps["forward"] = forward(problem.model)
     recorded = [v for v in ("activations", "operations") if _has_vertices(problem.model, v)]
     steps |= {vertices: forward(wrapped(ClosedForm(), vertices)) for vertices in recorded}
-    slow = {name: _gradients(wrapped(solver), problem) for name, solver in timed.items() if isinstance(solver, Euler)}
+    slow = {
+        name: gradient_step(wrapped(solver), problem) for name, solver in timed.items() if isinstance(solver, Euler)
+    }
     for step in steps.values():
         step()
     times = interleaved(steps, rounds=rounds)
@@ -150,14 +135,6 @@ def _has_vertices(model: nn.Module, vertices: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-class NamedTable(NamedTuple):
-    """A table for the terminal or a document."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 def tables(comparisons: Sequence[Comparison]) -> list[NamedTable]:
@@ -209,15 +186,6 @@ def notes(step_size: float) -> tuple[str, ...]:
     )
 
 
-class Asynchronous(BaseModel):
-    """Error over the course of an asynchronous relaxation of one architecture (small), in float64."""
-
-    architecture: str
-    depth: int
-    updates: list[float]  # expected, per vertex
-    errors: list[list[float]]  # by seed: the largest over all parameters
-
-
 def asynchronous(name: str, *, step_size: float = STEP_SIZE, seeds: int = 3) -> Asynchronous:
     """Follows the relaxation of a small architecture, in each step of which a random half of the vertices updates."""
     problem = build(name, small=True).to(torch.float64)
@@ -232,88 +200,6 @@ def asynchronous(name: str, *, step_size: float = STEP_SIZE, seeds: int = 3) -> 
         errors.append(np.max(list(curves.values()), axis=0).tolist())
     updates = [UPDATE_PROBABILITY * n for n in range(steps + 1)]
     return Asynchronous(architecture=name, depth=depth, updates=updates, errors=errors)
-
-
-class DepthCost(BaseModel):
-    """What one solver costs on a chain of one depth: forward pass, relaxation phase, gradients."""
-
-    depth: int
-    solver: str
-    num_steps: int | None
-    milliseconds: float  # median
-    ratio: float  # to backpropagation, median
-    transports: int
-    remaining: float  # weight of the initial state that is left in the layer next to the input
-    converged: bool  # whether that is below rounding, so that Equilibrium gives the same
-
-
-PAPERS = "100 steps of 0.1"
-ENOUGH = 1e-3  # weight of the initial state that may be left where the number of steps follows the depth
-PLANNED = f"enough steps of {STEP_SIZE:g}"
-TO_ROUNDING = f"steps of {STEP_SIZE:g} to rounding"
-
-
-def cost_by_depth(
-    depths: Sequence[int] = DEPTHS,
-    *,
-    width: int = 128,
-    batch_size: int = 64,
-    rounds: int = 5,
-    on_depth: Callable[[], None] = lambda: None,
-) -> list[DepthCost]:
-    """Measures the solvers on chains of linear layers with tanh: the paper's steps, and as many as the depth needs."""
-    found: list[DepthCost] = []
-    for depth in depths:
-        enough = steps_to_converge(depth, STEP_SIZE, ENOUGH)
-        solvers: dict[str, Solver] = {
-            "Equilibrium": Equilibrium(),
-            f"ClosedForm, {PAPERS}": ClosedForm(0.1, 100),
-            f"Euler, {PAPERS}": Euler(0.1, 100),
-            f"ClosedForm, {PLANNED}": ClosedForm(STEP_SIZE, enough),
-            f"Euler, {PLANNED}": Euler(STEP_SIZE, enough),
-            f"ClosedForm, {TO_ROUNDING}": ClosedForm(
-                STEP_SIZE, steps_to_converge(depth, STEP_SIZE, plots.ROUNDING / 2)
-            ),
-        }
-        found += _costs_at_depth(depth, solvers, width, batch_size, rounds)
-        on_depth()
-    return found
-
-
-def _costs_at_depth(
-    depth: int, solvers: Mapping[str, Solver], width: int, batch_size: int, rounds: int
-) -> list[DepthCost]:
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        layers = [nn.Linear(width, width) for _ in range(depth)]
-        for layer in layers:
-            nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
-        chain = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.Linear(width, 10))
-        problem = Problem(chain, (torch.rand(batch_size, width),), lambda y: (y**2).sum())
-    wrapped = {name: ActivationRelaxation(chain, solver=solver) for name, solver in solvers.items()}
-    steps = {BASELINE: _gradients(chain, problem)}
-    steps |= {name: _gradients(model, problem) for name, model in wrapped.items()}
-    for step in steps.values():
-        step()
-    times = interleaved(steps, rounds=rounds)
-    costs = []
-    for name, model in wrapped.items():
-        record = model.last_relaxation
-        assert record is not None
-        assert record.remaining is not None
-        costs.append(
-            DepthCost(
-                depth=depth,
-                solver=name,
-                num_steps=record.num_steps,
-                milliseconds=1e3 * statistics.median(times[name]),
-                ratio=ratio(times, name, BASELINE),
-                transports=record.transports,
-                remaining=record.remaining,
-                converged=bool(record.converged),
-            )
-        )
-    return costs
 
 
 def write_comparisons(comparisons: Sequence[Comparison], step_size: float, folder: Path, command: str) -> list[Path]:
@@ -338,24 +224,3 @@ def write_asynchronous(curves: Sequence[Asynchronous], step_size: float, folder:
     title = f"asynchronous relaxation, steps of {step_size:g}, every operation a vertex, small models in float64"
     figure = plots.asynchronous_curves(curves, title, folder / "asynchronous.png")
     return [folder / "asynchronous.json", figure]
-
-
-def write_depths(costs: Sequence[DepthCost], about: str, folder: Path, command: str) -> list[Path]:
-    """Writes the figure of cost against depth, and its numbers."""
-    content = {"command": command, "environment": environment(), "costs": [c.model_dump() for c in costs]}
-    write_atomically(folder / "depth.json", json.dumps(content, indent=2) + "\n")
-    columns = ("depth", "solver", "steps", "products with A", "ms", "time", "initial state left")
-    rows = [
-        (
-            str(c.depth),
-            c.solver,
-            str(c.num_steps or ""),
-            str(c.transports),
-            f"{c.milliseconds:.1f}",
-            f"{c.ratio:.1f}×",
-            "none: as Equilibrium" if c.converged else f"{100 * c.remaining:.3g} %",
-        )
-        for c in costs
-    ]
-    write_atomically(folder / "table.md", f"{markdown_table(columns, rows)}\n{about}\n")
-    return [folder / "table.md", folder / "depth.json", plots.cost_curves(costs, about, folder / "depth.png")]

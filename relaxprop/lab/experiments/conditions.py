@@ -1,7 +1,7 @@
-"""The experiments: each is a list of runs, and a table and figures made from their metrics alone.
+"""An experiment: conditions side by side, from the same start and on the same minibatches; its runs, table and figures.
 
-May import: feedback, frozen, public names, transients, lab.data, lab.engine, lab.models, lab.plots, lab.records,
-lab.training.
+May import: feedback, frozen, public names, lab.config, lab.data, lab.environment, lab.models, lab.report.plots,
+lab.report.tables, lab.results, lab.stats, lab.store.
 """
 
 from __future__ import annotations
@@ -14,38 +14,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-from scipy import special
-
-from relaxprop import ActivationRelaxation, Convergence, Euler, Frozen, convergence
+from relaxprop import (
+    Frozen,
+)
 from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import ALL_FROZEN
-from relaxprop.lab import models, plots
+from relaxprop.lab.config import Rule, RunConfig
 from relaxprop.lab.data import Dataset
-from relaxprop.lab.engine import FinishedRun
-from relaxprop.lab.models import Dropped, ModelName, PapersModel, Part
-from relaxprop.lab.records import (
-    AlignmentSample,
-    EpochMetrics,
-    Rule,
-    RunConfig,
-    RunLine,
-    environment,
-    markdown_table,
-    write_atomically,
-    write_lines,
-)
-from relaxprop.lab.training import squared_error
-from relaxprop.transients import Order
-
-Claim = Literal["equivalent", "worse", "destroyed"]
-FigureName = Literal["demo", "figure1", "figure2", "figure3", "appendix-c", "graphs"]
-MARGIN = 0.01  # test accuracies that differ by less are equivalent: one margin for all conditions and data
-CONFIDENCE = 0.95
-STEP_SIZES = (0.05, 0.1, 0.2, 0.5)
+from relaxprop.lab.environment import environment
+from relaxprop.lab.models import Dropped, ModelName, Part
+from relaxprop.lab.report import plots
+from relaxprop.lab.report.tables import markdown_table
+from relaxprop.lab.results import AlignmentCurve, AlignmentCurves, AlignmentSample, EpochMetrics, FinishedRun, RunLine
+from relaxprop.lab.stats import MARGIN, Claim, Mean, mean_over_seeds, verdict
+from relaxprop.lab.store import write_atomically, write_lines
 
 
 @dataclass(frozen=True)
@@ -65,32 +49,6 @@ class Condition:
     dropped: Mapping[Part, Dropped] = field(default_factory=dict)
     claim: Claim = "equivalent"
     versus: str = "baseline"
-
-
-BASELINES = {
-    "backprop": Condition("Backpropagation", rule="backprop"),
-    "baseline": Condition("Activation Relaxation", versus="backprop"),
-}
-# Figures 1 and 3 (the paper, section 4.1).
-UNFROZEN = BASELINES | {
-    "a": Condition("f'(W x) in the relaxation", frozen=Frozen(relaxation_derivative=False)),
-    "b": Condition("f'(W x) in the update", frozen=Frozen(update_derivative=False)),
-    "c": Condition("f'(W x) in both", frozen=Frozen(relaxation_derivative=False, update_derivative=False)),
-    "d": Condition("presynaptic x in the update", frozen=Frozen(update_activity=False), claim="destroyed"),
-}
-# Figure 2 and Appendix C.
-SIMPLIFIED = BASELINES | {
-    "ψ-conv": Condition("learned ψ in convolutions", feedback={"convolutional": "learned"}),
-    "ψ-fc": Condition("learned ψ in linear layers", feedback={"fully_connected": "learned"}),
-    "ψ": Condition("learned ψ everywhere", feedback={"all": "learned"}),
-    "f'-conv": Condition("no f' in convolutions", dropped={"convolutional": "both"}),
-    "f'-fc": Condition("no f' in linear layers", dropped={"fully_connected": "both"}),
-    "f'": Condition("no f' anywhere", dropped={"all": "both"}),
-    "ψ-f'": Condition("learned ψ, no f' anywhere", feedback={"all": "learned"}, dropped={"all": "both"}),
-    "random": Condition("fixed random feedback", feedback={"all": "random"}, claim="worse"),
-}
-# The paper calls it an anomaly of this data set.
-SIMPLIFIED_SVHN = SIMPLIFIED | {"f'": replace(SIMPLIFIED["f'"], claim="worse")}
 
 
 @dataclass(frozen=True)
@@ -114,25 +72,9 @@ class Experiment:
         return self.conditions.get(dataset) or next(iter(self.conditions.values()))
 
 
-# Deep graphs, of which every operation is a vertex, need more steps than the paper's networks. So many leave nothing of
-# the initial state at depth 60, and the closed form is one sweep.
-OPERATIONS = {"vertices": "operations", "solver_options": {"step_size": 0.5, "num_steps": 300}}
-TRANSFORMER = {"model": "transformer", "loss": "cross-entropy", "optimizer": "adam", "learning_rate": 1e-3}
-RESNET = TRANSFORMER | {"model": "resnet"}
-
-EXPERIMENTS: dict[FigureName, Experiment] = {
-    "demo": Experiment("every condition on scikit-learn's digits", {"digits": UNFROZEN}, seeds=3, epochs=8),
-    "figure1": Experiment("the paper's Figure 1", {"mnist": UNFROZEN}),
-    "figure2": Experiment("the paper's Figure 2", {"cifar10": SIMPLIFIED}, model="cnn"),
-    "figure3": Experiment("the paper's Figure 3", {"fashion_mnist": UNFROZEN}),
-    "appendix-c": Experiment("the paper's Appendix C", {"cifar100": SIMPLIFIED, "svhn": SIMPLIFIED_SVHN}, model="cnn"),
-    "graphs": Experiment(
-        "training on other graphs (Appendix A)",
-        {"docstrings": BASELINES, "cifar10": BASELINES},
-        seeds=3,
-        epochs=5,
-        settings={"docstrings": OPERATIONS | TRANSFORMER, "cifar10": OPERATIONS | RESNET},
-    ),
+BASELINES = {
+    "backprop": Condition("Backpropagation", rule="backprop"),
+    "baseline": Condition("Activation Relaxation", versus="backprop"),
 }
 BASELINE, REFERENCE = "baseline", "backprop"
 
@@ -181,35 +123,6 @@ def _run(condition: Condition, as_coded: bool, **values: Any) -> RunConfig:
         if not condition.frozen.update_activity:
             values["frozen"] = replace(condition.frozen, input=False)
     return RunConfig(**values)
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean over seeds with its standard error, not a number where there is one seed."""
-
-    mean: float
-    standard_error: float
-    n: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval, of Student's t distribution."""
-        if self.n == 1:
-            return -math.inf, math.inf
-        half = float(special.stdtrit(self.n - 1, (1 + CONFIDENCE) / 2)) * self.standard_error
-        return self.mean - half, self.mean + half
-
-    def __str__(self) -> str:
-        if self.n == 1:
-            return f"{100 * self.mean:.2f}"
-        return f"{100 * self.mean:.2f} ± {100 * self.standard_error:.2f}"
-
-
-def mean_over_seeds(values: Sequence[float]) -> Mean:
-    """Mean and standard error ``s / √n``."""
-    n = len(values)
-    error = statistics.stdev(values) / math.sqrt(n) if n > 1 and all(map(math.isfinite, values)) else math.nan
-    return Mean(statistics.fmean(values), error, n)
 
 
 @dataclass(frozen=True)
@@ -267,30 +180,6 @@ def summarise(
             )
         )
     return rows
-
-
-def verdict(claim: Claim, difference: Mean, reference: float, chance: float) -> str:
-    """On the paper's claim, from the 95 % interval of the paired difference.
-
-    "equivalent" holds where the interval lies within ±``MARGIN``, "worse" where it lies below −``MARGIN``, "destroyed"
-    where it lies below minus half of what the reference has learned beyond chance. A claim is refuted where the
-    interval lies outside, else left open. Where neither side has learned anything, nothing is tested.
-    """
-    low, high = difference.interval
-    if max(reference, reference + difference.mean) < chance + MARGIN:
-        return "open: nothing has been learned"
-    if claim == "equivalent":
-        holds, refuted = low > -MARGIN and high < MARGIN, high < -MARGIN or low > MARGIN
-    elif claim == "worse":
-        holds, refuted = high < -MARGIN, low > -MARGIN
-    else:
-        limit = (chance - reference) / 2
-        holds, refuted = high < limit, low > limit
-    if holds:
-        return "holds"
-    if refuted:
-        return f"does not hold: {100 * difference.mean:+.1f} points"
-    return f"open: {difference.n} seed{'s' if difference.n > 1 else ''} cannot tell"
 
 
 RESULT = ("condition", "test accuracy (%)", "n", "seconds", "cost")
@@ -370,20 +259,6 @@ def write_conditions(
     return rows, paths
 
 
-class AlignmentCurve(NamedTuple):
-    """A cosine over training."""
-
-    epochs: tuple[float, ...]
-    cosines: tuple[Mean, ...]
-
-
-class AlignmentCurves(NamedTuple):
-    """A condition's: to backpropagation's gradient by parameter, and of backwards weights to weights by layer."""
-
-    gradients: dict[str, AlignmentCurve]
-    feedback: dict[str, AlignmentCurve]
-
-
 def alignment_curves(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, AlignmentCurves]:
     """By condition, where the runs have measured it: mean over seeds with standard error."""
     samples: dict[str, list[list[AlignmentSample]]] = {}
@@ -425,52 +300,6 @@ def _chance(dataset: Dataset) -> float:
     """Accuracy of the most frequent class."""
     labels = dataset.test.labels.flatten()
     return float(labels.bincount().max()) / len(labels)
-
-
-def convergence_by_step_size(
-    dataset: Dataset,
-    *,
-    model: PapersModel = "mlp",
-    step_sizes: Sequence[float] = STEP_SIZES,
-    num_steps: int = 100,
-    order: Order = "simultaneous",
-    seed: int = 0,
-    batch_size: int = 64,
-) -> list[Convergence]:
-    """Distance to backpropagation's gradient over the relaxation phase, for a network as it is initialised.
-
-    In float64, so that the curves end at convergence and not at float32's rounding.
-    """
-    network = models.build(model, dataset, seed=seed).double()
-    inputs = dataset.train.images[:batch_size].double()
-    targets = torch.nn.functional.one_hot(dataset.train.labels[:batch_size], len(dataset.classes)).double()
-    wrapped = ActivationRelaxation(network)
-    return [
-        convergence(wrapped, lambda y: squared_error(y, targets), inputs, solver=Euler(eta, num_steps, order=order))
-        for eta in step_sizes
-    ]
-
-
-def write_convergence(curves: Sequence[Convergence], title: str, folder: Path, command: str) -> list[Path]:
-    """Writes the figure and the curves as a table."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("step_size", "order", "parameter", "steps", "measured", "predicted"))
-    for curve in curves:
-        for name, measured in curve.measured.items():
-            pairs = zip(measured, curve.predicted[name], strict=True)
-            for step, (m, p) in enumerate(pairs):
-                writer.writerow((curve.solver.step_size, curve.solver.order, name, step, f"{m:.6e}", f"{p:.6e}"))
-    write_atomically(folder / "convergence.csv", text.getvalue())
-    about = {"command": command, "environment": environment(), "largest_deviation": _largest_deviation(curves)}
-    write_atomically(folder / "convergence.json", json.dumps(about, indent=2) + "\n")
-    figure = plots.convergence_curves(curves, title, folder / "convergence.png")
-    return [folder / "convergence.csv", folder / "convergence.json", figure]
-
-
-def _largest_deviation(curves: Sequence[Convergence]) -> float:
-    """Of the measured curves from the predicted ones, anywhere."""
-    return max(float(np.abs(m - c.predicted[name]).max()) for c in curves for name, m in c.measured.items())
 
 
 def _accuracy_csv(rows: Sequence[Row]) -> str:

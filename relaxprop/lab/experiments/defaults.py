@@ -4,7 +4,8 @@ Every rule sees the same network, the same minibatches and the same optimiser; w
 the end. The default is measured twice: as its user has it, and on the cut graph (``keep_states=True``), where every
 vertex really relaxes.
 
-May import: public names, lab.data, lab.models, lab.records, lab.training.
+May import: public names, lab.config, lab.data, lab.environment, lab.models, lab.report.tables, lab.results,
+lab.store, lab.training.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 from torch.nn import functional
 
-from relaxprop import PAPER, ActivationRelaxation
+from relaxprop import (
+    PAPER,
+    ActivationRelaxation,
+)
 from relaxprop.lab import models
+from relaxprop.lab.config import OptimizerName
 from relaxprop.lab.data import Dataset, load
-from relaxprop.lab.records import OptimizerName, environment, markdown_table, write_atomically
+from relaxprop.lab.environment import environment
+from relaxprop.lab.report.tables import markdown_table
+from relaxprop.lab.results import LastLoss, Reduction
+from relaxprop.lab.store import write_atomically
 from relaxprop.lab.training import expected_transients
 
 DEPTHS = (1, 2, 3, 6, 12)
 BATCH = 64
 LAST = 10  # minibatches that the last loss is averaged over
 WIDTH = 64
-Reduction = Literal["mean", "sum"]
 RULES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "backpropagation": lambda network: network,
     "default": ActivationRelaxation,
@@ -46,17 +52,6 @@ class Setting(NamedTuple):
     network: str
     reduction: Reduction
     optimizer: OptimizerName
-
-
-class LastLoss(BaseModel):
-    """One run: the training loss in nats per label, averaged over the last minibatches."""
-
-    network: str
-    reduction: Reduction
-    optimizer: OptimizerName
-    rule: str
-    seed: int
-    loss: float
 
 
 def settings(depths: Sequence[int] = DEPTHS) -> Iterator[Setting]:

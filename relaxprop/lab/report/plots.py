@@ -1,6 +1,6 @@
 """Figures, drawn from numbers alone.
 
-May import: public names.
+May import: public names, lab.results, lab.stats.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -16,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from relaxprop import Convergence
-
-if TYPE_CHECKING:
-    from relaxprop.lab.figures import AlignmentCurves, Mean
-    from relaxprop.lab.graphs import Asynchronous, DepthCost
+from relaxprop import (
+    Convergence,
+)
+from relaxprop.lab.results import AlignmentCurves, Asynchronous, DepthCost
+from relaxprop.lab.stats import Mean
 
 DPI = 150
 ROUNDING = float(np.finfo(np.float64).eps)

@@ -1,27 +1,21 @@
 """Runs a list of run descriptions, one after the other; what is finished on disk is not computed again.
 
-May import: lab.data, lab.records, lab.training.
+May import: lab.config, lab.data, lab.environment, lab.results, lab.store, lab.training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
-from relaxprop.lab.records import EpochMetrics, Record, RunConfig, environment
+from relaxprop.lab.environment import environment
+from relaxprop.lab.results import EpochMetrics, FinishedRun
+from relaxprop.lab.store import Record
 from relaxprop.lab.training import train
-
-
-class FinishedRun(NamedTuple):
-    """A run, the metrics of its epochs, and where it was computed."""
-
-    config: RunConfig
-    metrics: list[EpochMetrics]
-    environment: Mapping[str, Any]
 
 
 def run_all(

@@ -12,170 +12,36 @@ one file, a line for each, without weights; `take_over` makes run directories of
 
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
 
-May import: feedback, public names, recording, solvers, vertices, wrapper, lab.models.
+May import: public names, lab.config, lab.environment, lab.results.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from relaxprop import PAPER, Frozen, Locality
-from relaxprop.feedback import FeedbackRule
-from relaxprop.lab.models import Dropped, ModelName, Part
-from relaxprop.recording import InitialState
-from relaxprop.solvers import SOLVERS, Solver
-from relaxprop.vertices import Granularity
-from relaxprop.wrapper import check_together
-
-PAPERS_STEPS = {"step_size": PAPER.step_size, "num_steps": PAPER.num_steps}
-Rule = Literal["ar", "backprop"]
-Loss = Literal["squared-error", "cross-entropy"]
-OptimizerName = Literal["sgd", "adam"]
-
-
-def default_solver(frozen: Frozen) -> str:
-    """The paper's 100 steps of 0.1: in closed form where the relaxation is linear, else simulated."""
-    return "closed-form" if frozen.relaxation_derivative else "euler"
-
+from relaxprop import (
+    Locality,
+)
+from relaxprop.lab.config import RunConfig
+from relaxprop.lab.environment import environment
+from relaxprop.lab.results import EpochMetrics, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
-
-
 _OPTIMIZER = "optimizer state: "  # before the names of the optimiser's tensors in a checkpoint
 
 
 class OutputError(Exception):
     """A folder or file for results cannot be written."""
-
-
-class RunConfig(BaseModel):
-    """A run, described completely: the same description gives the same metrics.
-
-    The defaults are the paper's settings (arXiv 2010.06219, section 3).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    dataset: str = Field(default="digits", pattern=r"^[\w.-]+$")  # as `data.load` knows it
-    data: str | None = None  # the data set's digest
-    model: ModelName = "mlp"
-    rule: Rule = "ar"
-    solver: str = "closed-form"  # a name of `SOLVERS`
-    solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
-    vertices: Granularity = "activations"
-    initial: InitialState = "feedforward"
-    frozen: Frozen = Frozen()
-    feedback: dict[Part, FeedbackRule] = Field(default_factory=dict)  # by part of the network, as `models.build`
-    dropped: dict[Part, Dropped] = Field(default_factory=dict)
-    seed: int = Field(default=0, ge=0)
-    epochs: int = Field(default=30, ge=1)
-    signed_inputs: bool = False  # scaled to [−1, 1], not [0, 1]
-    batch_size: int = Field(default=64, ge=1)
-    left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
-    loss: Loss = "squared-error"  # summed over minibatch and outputs
-    optimizer: OptimizerName = "sgd"
-    learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
-    convolutional_factor: float = Field(default=1, gt=0, allow_inf_nan=False)  # of the convolutions' learning rate
-    alignment_every: int = Field(default=0, ge=0)  # minibatches from one `AlignmentSample` to the next; 0: never
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Fills the solver and its defaults in, so that a run has one description; backpropagation has no solver."""
-        if not isinstance(values, dict):
-            return values
-        try:
-            return cls._complete(values)
-        except TypeError as error:  # which pydantic would let through
-            raise ValueError(str(error)) from error
-
-    @classmethod
-    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("rule") == "backprop":
-            return values | {
-                "solver": "closed-form",
-                "solver_options": {},
-                "vertices": "activations",
-                "initial": "feedforward",
-                "frozen": Frozen(),
-                "feedback": {},
-                "dropped": {},
-                "alignment_every": 0,
-            }
-        frozen = values.get("frozen") or Frozen()
-        frozen = frozen if isinstance(frozen, Frozen) else Frozen(**frozen)
-        name = values.get("solver") or default_solver(frozen)
-        kind = SOLVERS.get(name)
-        if kind is None:
-            *others, last = map(repr, SOLVERS)
-            raise ValueError(f"solver must be {', '.join(others)} or {last}, got {name!r}")
-        given = values.get("solver_options", {})
-        papers = {name: value for name, value in PAPERS_STEPS.items() if name in kind.__dataclass_fields__}
-        solver = kind(**papers | given)
-        check_together(solver, values.get("vertices", "activations"), frozen)
-        parts = values.get("feedback", {})
-        if isinstance(parts, dict):  # their order is that of the random draws
-            parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}
-        return values | {"solver": name, "solver_options": vars(solver), "frozen": frozen, "feedback": parts}
-
-    def build_solver(self) -> Solver:
-        """The solver that the description names."""
-        return SOLVERS[self.solver](**self.solver_options)
-
-    @property
-    def id(self) -> str:
-        """A readable name, unique to the description without its number of epochs: a longer run continues a shorter."""
-        # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
-        added = (
-            "feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every", "vertices", "loss",
-            "optimizer", "initial",
-        )  # fmt: skip
-        fields = type(self).model_fields
-        unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        content = self.model_dump_json(exclude={"epochs", *unused})
-        digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-        return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"
-
-
-class AlignmentSample(BaseModel):
-    """How a network's learning compares with backpropagation's on one minibatch, before its update.
-
-    Cosines, in [−1, 1]; not a number where one side is zero or not finite.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-    epochs: float  # passes over the training data so far
-    gradients: dict[str, float]  # to backpropagation's gradient, by parameter
-    feedback: dict[str, float]  # of the backwards weights to the weights, by layer
-    seconds: float  # that the measurement took
-
-
-class EpochMetrics(BaseModel):
-    """What is measured after an epoch."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # a loss may diverge
-
-    epoch: int
-    train_loss: float  # per label: summed over outputs, averaged over the epoch
-    test_accuracy: float  # in [0, 1]
-    seconds: float  # of training, without the evaluation and the measurement of alignment
-    alignment: tuple[AlignmentSample, ...] = ()
 
 
 class Record:
@@ -274,23 +140,6 @@ class Record:
             partial.replace(self.path / "checkpoint.safetensors")
         except OSError as error:
             raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
-
-
-class RunLine(BaseModel):
-    """A finished run as a line of a file of records."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-    id: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    metrics: tuple[EpochMetrics, ...]
-
-    @classmethod
-    def of(cls, config: RunConfig, environment: dict[str, Any], metrics: Sequence[EpochMetrics]) -> RunLine:
-        """The line of a run."""
-        described = config.model_dump(mode="json")
-        return cls(id=config.id, config=described, environment=environment, metrics=tuple(metrics))
 
 
 def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
@@ -393,12 +242,6 @@ def write_atomically(path: Path, text: str) -> None:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a document."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def check_writable(folder: Path) -> None:
     """Refuse a folder for results before anything is computed.
 
@@ -412,27 +255,3 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"cannot write to the folder {folder} ({error.strerror or error}): name another") from error
-
-
-def environment() -> dict[str, Any]:
-    """Date, hardware and versions, as they go with every result."""
-    packages = ("relaxprop", "torch", "numpy", "scipy")
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

@@ -1,0 +1,52 @@
+"""The command line: its commands, and how errors end it.
+
+May import: public names, lab.cli.measure, lab.cli.options, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data,
+lab.models, lab.store.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from relaxprop import (
+    NonFiniteStateError,
+    __version__,
+)
+from relaxprop.lab.cli.measure import bench, convergence, defaults, depth, gradients
+from relaxprop.lab.cli.options import app, console, errors
+from relaxprop.lab.cli.reproduce import reproduce
+from relaxprop.lab.cli.runs import show, take_over
+from relaxprop.lab.cli.train import train
+from relaxprop.lab.data import DataError
+from relaxprop.lab.models import ModelError
+from relaxprop.lab.store import OutputError
+
+COMMANDS = (train, reproduce, convergence, gradients, depth, defaults, take_over, show, bench)
+for command in COMMANDS:
+    app.command()(command)
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        console.print(f"relaxprop {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; errors of data and results end it with status 1 and one line."""
+    try:
+        app()
+    except (DataError, ModelError, OutputError, NonFiniteStateError) as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,125 @@
+"""What the commands share: options, and strings that become objects.
+
+May import: lab.data, lab.models, lab.store.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from relaxprop.lab import data
+from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Dataset
+from relaxprop.lab.models import ModelName, PapersModel
+from relaxprop.lab.store import check_writable
+
+app = typer.Typer(
+    help="Train networks by Activation Relaxation, and see it beside backpropagation (arXiv 2010.06219).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+DATA_HELP = f"{', '.join(DATASETS)}, or the name of your own folder in --data-dir."
+DatasetOption = Annotated[str, typer.Option(metavar="NAME", help=DATA_HELP)]
+ModelOption = Annotated[ModelName, typer.Option(help="The network: the paper's, or a small one of another kind.")]
+PapersModelOption = Annotated[PapersModel, typer.Option(help="The paper's network.")]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with NAME/train.parquet and NAME/test.parquet; without it the Hugging Face Hub.",
+        envvar=DATA_VARIABLE,
+    ),
+]
+RunsOption = Annotated[
+    Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
+]
+DeviceOption = Annotated[str, typer.Option(help="PyTorch device, for instance cpu or cuda.")]
+AlignmentOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="MINIBATCHES",
+        help="Measure, once in so many minibatches, the cosine of every gradient to backpropagation's and of backwards "
+        "weights to weights. Each time costs about two training steps. 0: never.",
+    ),
+]
+EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
+
+
+@contextmanager
+def usage_errors(option: str) -> Iterator[None]:
+    """Turns what an object of the library refuses into a usage error."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:
+            raise typer.BadParameter(message, param_hint=option) from error
+        name = str(first["loc"][0])
+        flag = {"dropped": "--drop-derivatives"}.get(name, f"--{name.replace('_', '-')}")
+        raise typer.BadParameter(f"{message}, got {first['input']!r}", param_hint=flag) from error
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
+
+
+def load_dataset(name: str, data_dir: Path | None, *written: Path) -> Dataset:
+    """A data set, whose loading may take a while: so the folders that are written to afterwards are looked at first."""
+    with usage_errors("--dataset"):
+        data.check_name(name, data_dir)
+    for folder in written:
+        check_writable(folder)
+    return data.load(name, data_dir)
+
+
+def find_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"PyTorch cannot use {name!r} here: {reason}", param_hint="--device") from error
+
+
+def this_command() -> str:
+    return shlex.join(["relaxprop", *sys.argv[1:]])
+
+
+def progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=errors)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i and rows[0][i][:1].isdigit() else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def print_paths(paths: list[Path]) -> None:
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def says_what_is_kept(what: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"stopped: {what}", soft_wrap=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,209 @@
+"""Train one network.
+
+May import: public names, recording, solvers, transients, vertices, lab.cli.options, lab.config, lab.results,
+lab.training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relaxprop import (
+    Frozen,
+)
+from relaxprop.lab.cli.options import (
+    AlignmentOption,
+    DataDirOption,
+    DatasetOption,
+    DeviceOption,
+    EpochsOption,
+    ModelOption,
+    RunsOption,
+    console,
+    find_device,
+    load_dataset,
+    says_what_is_kept,
+    usage_errors,
+)
+from relaxprop.lab.config import Loss, OptimizerName, Rule, RunConfig, default_solver
+from relaxprop.lab.results import EpochMetrics
+from relaxprop.lab.training import train as train_network
+from relaxprop.recording import InitialState
+from relaxprop.solvers import SOLVERS
+from relaxprop.transients import Order
+from relaxprop.vertices import Granularity
+
+
+class Quantity(StrEnum):  # Typer knows lists of an enumeration, not of literals
+    """A field of `Frozen`, as options spell it."""
+
+    relaxation_derivative = "relaxation-derivative"
+    update_derivative = "update-derivative"
+    update_activity = "update-activity"
+    input = "input"
+
+
+def _known_solver(name: str | None) -> str | None:
+    if name is not None and name not in SOLVERS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, SOLVERS))}.")
+    return name
+
+
+def _solver_option(field: str, what: str) -> Any:
+    """An option of those solvers that have it, with their default."""
+    takers = {
+        name: kind.__dataclass_fields__[field] for name, kind in SOLVERS.items() if field in kind.__dataclass_fields__
+    }
+    default = next(iter(takers.values())).default
+    shown = "" if default is None else f" (default: {default})"
+    return typer.Option(help=f"{what}; {', '.join(takers)}.{shown}")
+
+
+def train(
+    dataset: DatasetOption = "digits",
+    model: ModelOption = "mlp",
+    rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"[{'|'.join(SOLVERS)}]",
+            callback=_known_solver,
+            help="How the relaxation phase is integrated. (default: closed-form, or euler where the relaxation's "
+            "derivative is unfrozen)",
+        ),
+    ] = None,
+    step_size: Annotated[float | None, _solver_option("step_size", "η in (0, 2)")] = None,
+    num_steps: Annotated[int | None, _solver_option("num_steps", "Relaxation steps")] = None,
+    order: Annotated[Order | None, _solver_option("order", "Order of updates; asynchronous: euler only")] = None,
+    tolerance: Annotated[float | None, _solver_option("tolerance", "Stop early at this residual")] = None,
+    duration: Annotated[float | None, _solver_option("duration", "Time T")] = None,
+    unfreeze: Annotated[
+        list[Quantity] | None,
+        typer.Option(help="Take it at the current states, not from the feedforward pass; repeat it for several."),
+    ] = None,
+    feedback: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]RULE",
+            help="Backwards weights: learned, random or sign; of a part (convolutional, fully_connected) or of all.",
+        ),
+    ] = None,
+    drop_derivatives: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PART=]PLACE", help="f' → 1 in relaxation, update or both; in a part of the network or in all."
+        ),
+    ] = None,
+    vertices: Annotated[
+        Granularity, typer.Option(help="What relaxes: outputs of activation modules, of all modules, all operations.")
+    ] = "activations",
+    initial: Annotated[
+        InitialState, typer.Option(help="Where the states start: at the feedforward activities, or at zero.")
+    ] = "feedforward",
+    seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
+    epochs: EpochsOption = 30,
+    batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
+    loss: Annotated[Loss, typer.Option(help="Summed over minibatch and outputs; a text needs cross-entropy.")] = (
+        "squared-error"
+    ),
+    optimizer: Annotated[OptimizerName, typer.Option(help="Of the weights.")] = "sgd",
+    learning_rate: Annotated[float, typer.Option(help="Of the optimiser, on the summed loss.")] = 0.0005,
+    alignment_every: AlignmentOption = 0,
+    data_dir: DataDirOption = None,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "cpu",
+) -> None:
+    """Train one network. The defaults are the paper's settings."""
+    options = {
+        "step_size": step_size,
+        "num_steps": num_steps,
+        "order": order,
+        "tolerance": tolerance,
+        "duration": duration,
+    }
+    config = _run_config(
+        {name: value for name, value in options.items() if value is not None},
+        dataset=dataset,
+        model=model,
+        rule=rule,
+        solver=solver,
+        unfreeze=unfreeze or (),
+        feedback=_by_part(feedback, "--feedback"),
+        dropped=_by_part(drop_derivatives, "--drop-derivatives"),
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        vertices=vertices,
+        initial=initial,
+        loss=loss,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        alignment_every=alignment_every,
+    )
+    loaded = load_dataset(dataset, data_dir, runs)
+    config = config.model_copy(update={"data": loaded.digest})
+
+    def show(metrics: EpochMetrics) -> None:
+        console.print(
+            f"epoch {metrics.epoch:>3}/{epochs}   test accuracy {100 * metrics.test_accuracy:6.2f} %   "
+            f"training loss {metrics.train_loss:8.4f}   {metrics.seconds:6.1f} s",
+            highlight=False,
+        )
+
+    path = runs / config.id
+    with says_what_is_kept(f"the finished epochs are in {path}"):
+        metrics = train_network(config, loaded, root=runs, device=find_device(device), on_epoch=show)
+    accuracy = 100 * metrics[-1].test_accuracy
+    console.print(f"test accuracy {accuracy:.2f} % after {epochs} epochs; the run is in {path}", soft_wrap=True)
+
+
+def _run_config(
+    solver_options: dict[str, Any], *, solver: str | None, unfreeze: Sequence[Quantity], **values: Any
+) -> RunConfig:
+    given_flags = {
+        "--solver": solver,
+        "--unfreeze": unfreeze,
+        "--feedback": values["feedback"],
+        "--drop-derivatives": values["dropped"],
+        "--alignment-every": values["alignment_every"],
+        "--vertices": values["vertices"] != "activations",
+        "--initial": values["initial"] != "feedforward",
+    }
+    for flag, given in given_flags.items():
+        if values["rule"] == "backprop" and given:
+            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+    with usage_errors("--unfreeze"):
+        frozen = Frozen(**{quantity.name: False for quantity in unfreeze})
+    values |= {"solver": solver or default_solver(frozen), "frozen": frozen}
+    kind = SOLVERS[values["solver"]]
+    known = kind.__dataclass_fields__
+    for name in solver_options:
+        flag = f"--{name.replace('_', '-')}"
+        if values["rule"] == "backprop":
+            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+        if name not in known:
+            raise typer.BadParameter(
+                f"it has no effect with --solver {values['solver']}, leave it out", param_hint=flag
+            )
+    try:
+        kind(**solver_options)
+    except (TypeError, ValueError) as error:  # its first word is the option's name
+        raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0].replace('_', '-')}") from error
+    with usage_errors("--solver or --vertices"):
+        return RunConfig(solver_options=solver_options, **values)
+
+
+def _by_part(options: Sequence[str] | None, flag: str) -> dict[str, str]:
+    """``PART=VALUE``, or ``VALUE`` for the whole network."""
+    found: dict[str, str] = {}
+    for option in options or ():
+        part, _, value = option.rpartition("=")
+        if (part or "all") in found:
+            raise typer.BadParameter(f"{option!r} names a part for the second time", param_hint=flag)
+        found[part or "all"] = value
+    return found

@@ -1,0 +1,4 @@
+"""How runs are computed.
+
+May import: nothing of this project.
+"""

@@ -1,0 +1,133 @@
+"""What experiments measure, as plain data.
+
+May import: lab.config, lab.stats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from relaxprop.lab.config import OptimizerName, RunConfig
+from relaxprop.lab.stats import Mean
+
+Reduction = Literal["mean", "sum"]
+
+
+class AlignmentSample(BaseModel):
+    """How a network's learning compares with backpropagation's on one minibatch, before its update.
+
+    Cosines, in [−1, 1]; not a number where one side is zero or not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    epochs: float  # passes over the training data so far
+    gradients: dict[str, float]  # to backpropagation's gradient, by parameter
+    feedback: dict[str, float]  # of the backwards weights to the weights, by layer
+    seconds: float  # that the measurement took
+
+
+class EpochMetrics(BaseModel):
+    """What is measured after an epoch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # a loss may diverge
+
+    epoch: int
+    train_loss: float  # per label: summed over outputs, averaged over the epoch
+    test_accuracy: float  # in [0, 1]
+    seconds: float  # of training, without the evaluation and the measurement of alignment
+    alignment: tuple[AlignmentSample, ...] = ()
+
+
+class RunLine(BaseModel):
+    """A finished run as a line of a file of records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    id: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: tuple[EpochMetrics, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig, environment: dict[str, Any], metrics: Sequence[EpochMetrics]) -> RunLine:
+        """The line of a run."""
+        described = config.model_dump(mode="json")
+        return cls(id=config.id, config=described, environment=environment, metrics=tuple(metrics))
+
+
+class FinishedRun(NamedTuple):
+    """A run, the metrics of its epochs, and where it was computed."""
+
+    config: RunConfig
+    metrics: list[EpochMetrics]
+    environment: Mapping[str, Any]
+
+
+class AlignmentCurve(NamedTuple):
+    """A cosine over training."""
+
+    epochs: tuple[float, ...]
+    cosines: tuple[Mean, ...]
+
+
+class AlignmentCurves(NamedTuple):
+    """A condition's: to backpropagation's gradient by parameter, and of backwards weights to weights by layer."""
+
+    gradients: dict[str, AlignmentCurve]
+    feedback: dict[str, AlignmentCurve]
+
+
+class Comparison(BaseModel):
+    """One architecture, every operation of it a vertex.
+
+    Errors are distances to backpropagation's gradient relative to its norm, the largest over all parameters, in
+    float64; costs are times of a forward pass, relaxation phase and gradients relative to backpropagation's, in
+    float32, both by solver.
+    """
+
+    architecture: str
+    title: str
+    parameters: int
+    vertices: int
+    depth: int
+    steps: int  # planned: the initial state weighs at most `TOLERANCE` then
+    errors: dict[str, float]
+    costs: dict[str, float]
+    recording: dict[str, float]  # time of a recorded forward pass over a plain one's, by the choice of vertices
+
+
+class Asynchronous(BaseModel):
+    """Error over the course of an asynchronous relaxation of one architecture (small), in float64."""
+
+    architecture: str
+    depth: int
+    updates: list[float]  # expected, per vertex
+    errors: list[list[float]]  # by seed: the largest over all parameters
+
+
+class DepthCost(BaseModel):
+    """What one solver costs on a chain of one depth: forward pass, relaxation phase, gradients."""
+
+    depth: int
+    solver: str
+    num_steps: int | None
+    milliseconds: float  # median
+    ratio: float  # to backpropagation, median
+    transports: int
+    remaining: float  # weight of the initial state that is left in the layer next to the input
+    converged: bool  # whether that is below rounding, so that Equilibrium gives the same
+
+
+class LastLoss(BaseModel):
+    """One run: the training loss in nats per label, averaged over the last minibatches."""
+
+    network: str
+    reduction: Reduction
+    optimizer: OptimizerName
+    rule: str
+    seed: int
+    loss: float
