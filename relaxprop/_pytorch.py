@@ -43,6 +43,7 @@ __all__ = [
     "is_batched",
     "is_checkpointed",
     "is_compiled",
+    "is_exporting",
     "is_leaf_node",
     "is_opaque",
     "is_tracing",
@@ -146,6 +147,14 @@ def in_forward_mode() -> bool:
 def is_tracing() -> bool:
     """Whether this runs within ``torch.jit.trace``. The public name is one without types, and slower."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` follows what runs. Before PyTorch 2.7 nothing tells."""
+    return _IS_EXPORTING is not None and bool(_IS_EXPORTING())
+
+
+_IS_EXPORTING: Any = getattr(torch.compiler, "is_exporting", None)
 
 
 def switches_gradients(func: Any) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop._pytorch import in_transform, is_compiled, is_tracing
+from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient
@@ -252,7 +252,7 @@ class ActivationRelaxation(Transparent):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own result."""
-        if not torch.is_grad_enabled() or is_tracing() or torch.compiler.is_exporting():
+        if not torch.is_grad_enabled() or is_tracing() or is_exporting():
             return self.module(*args, **kwargs)
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)

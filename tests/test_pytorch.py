@@ -352,6 +352,20 @@ def test_tracing_is_seen() -> None:
     assert seen == [False, True]
 
 
+def test_exporting_is_seen() -> None:
+    seen: list[bool] = []
+
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(_pytorch.is_exporting())
+            return 2 * x
+
+    assert not _pytorch.is_exporting()
+    torch.export.export(Asks(), (torch.zeros(2),), strict=False)
+    assert seen == [hasattr(torch.compiler, "is_exporting")] * len(seen)
+    assert seen
+
+
 def test_batched_tensors() -> None:
     x, seen = torch.ones(2, requires_grad=True), list[bool]()
     y = x * 2
