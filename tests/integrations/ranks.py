@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -19,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -118,13 +119,13 @@ def checkpoint(rank: int, solver: Solver, folder: Path) -> Found:
     model, optimizer = trained()
     model_state, optimizer_state = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
     path = folder / f"{type(solver).__name__}"
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
+    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=path)
     fresh, other = trained()
     with torch.no_grad():
         for p in fresh.parameters():
             p.zero_()
     empty: dict[str, Any] = {"model": get_model_state_dict(fresh), "optimizer": get_optimizer_state_dict(fresh, other)}
-    dcp.load(empty, checkpoint_id=path)
+    load(empty, checkpoint_id=path)
     set_model_state_dict(fresh, empty["model"])
     set_optimizer_state_dict(fresh, other, empty["optimizer"])
 
