@@ -25,7 +25,14 @@ from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed,
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.kept import mark
-from relaxprop.nested import map_tensors, rebuilt, replace_within, tensors_in, tensors_requiring_grad
+from relaxprop.nested import (
+    map_requiring_grad,
+    map_tensors,
+    rebuilt,
+    replace_within,
+    tensors_in,
+    tensors_requiring_grad,
+)
 from relaxprop.operations import EachOperation
 from relaxprop.sight import Sight, refuse_nested_differentiation
 from relaxprop.unrelaxed import inside
@@ -257,7 +264,7 @@ class Run:
             recorded_switches.reset(token)
         if cut.output:
             part = itertools.count()
-            result = map_tensors(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
+            result = map_requiring_grad(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
         self.outputs = [self._own(x) for x in tensors_requiring_grad(result)]
         return result
 

@@ -6,11 +6,11 @@ May import: _pytorch.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from copy import copy
 from functools import partial
 from types import BuiltinMethodType, CellType, FunctionType, MethodType, MethodWrapperType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -98,10 +98,10 @@ def tensors_in(nested: Any) -> list[Tensor]:
 
 
 def tensors_requiring_grad(nested: Any) -> list[Tensor]:
-    """The tensors in ``nested`` that require grad, in order.
+    """The tensors in ``nested`` that require grad, in the order in which `map_requiring_grad` replaces them.
 
     Raises:
-        TypeError: if there are such tensors in an object that PyTorch does not know how to take apart.
+        TypeError: if there are such tensors where nothing can be put in their place.
     """
     if isinstance(nested, Tensor):
         return [nested] if nested.requires_grad else []
@@ -111,67 +111,108 @@ def tensors_requiring_grad(nested: Any) -> list[Tensor]:
             if leaf.requires_grad:
                 tensors.append(leaf)
         else:
-            for place, _ in _hidden(leaf):
-                raise TypeError(
-                    f"PyTorch does not know where the tensors of a {type(leaf).__name__} are, as that at {place}: let "
-                    "the model take and return tensors, tuples, lists, dicts or named tuples, register the class with "
-                    "torch.export.register_dataclass, or pass solver=Equilibrium(), which needs not know"
-                )
+            for hidden in _hidden(leaf):
+                if hidden.put is None:
+                    raise TypeError(
+                        f"nothing can be put in the place of the tensor at {hidden.place}, in a "
+                        f"{type(leaf).__name__} that PyTorch does not know how to take apart: let the model return "
+                        "tensors, tuples, lists, dicts, named tuples or objects with attributes, register the class "
+                        "with torch.export.register_dataclass, or pass solver=Equilibrium(), which needs not know"
+                    )
+                tensors.append(hidden.tensor)
     return tensors
 
 
+def map_requiring_grad(function: Callable[[Tensor], Tensor], nested: Any) -> Any:
+    """``nested`` with every tensor in it that requires grad replaced by what the function makes of it, in order.
+
+    An object that PyTorch does not know how to take apart, as a cache of keys and values, stays the same object.
+    """
+
+    def mapped(x: Tensor) -> Tensor:
+        return function(x) if x.requires_grad else x
+
+    if isinstance(nested, Tensor):
+        return mapped(nested)
+
+    def mapped_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return mapped(leaf)
+        for hidden in list(_hidden(leaf)):
+            if hidden.put is not None:
+                hidden.put(function(hidden.tensor))
+        return leaf
+
+    return tree_map(mapped_leaf, nested)
+
+
 def tensors_reached(nested: Any) -> list[Tensor]:
-    """As `tensors_requiring_grad`, with those in objects that PyTorch does not know how to take apart."""
+    """As `tensors_requiring_grad`, with those that cannot be replaced."""
     if isinstance(nested, Tensor):
         return [nested] if nested.requires_grad else []
-    reached = []
+    reached: list[Tensor] = []
     for leaf in tree_leaves(nested):
-        reached += [leaf] if isinstance(leaf, Tensor) else [x for _, x in _hidden(leaf)]
+        reached += [leaf] if isinstance(leaf, Tensor) else [hidden.tensor for hidden in _hidden(leaf)]
     return [x for x in reached if x.requires_grad]
 
 
 _PLAIN = (str, bytes, int, float, complex, type, nn.Module, nn.Parameter, np.ndarray, ModuleType)
 
+Put = Callable[[Any], None] | None  # puts something else in a place; None where nothing can be put
 
-def _hidden(outermost: Any) -> Iterator[tuple[str, Tensor]]:
-    """Where tensors that require grad are in an object, by attributes, items and what a function encloses.
+
+class _Hidden(NamedTuple):
+    """A tensor that requires grad, in an object."""
+
+    place: str
+    tensor: Tensor
+    put: Put
+
+
+def _hidden(outermost: Any) -> Iterator[_Hidden]:
+    """The tensors that require grad in an object, by attributes, items and what a function encloses.
 
     Modules and their parameters are not looked for: no pass computes them.
     """
-    stack = [(type(outermost).__name__, outermost)]
+    stack: list[tuple[str, Any, Put]] = [(type(outermost).__name__, outermost, None)]
     seen = dict[int, Any]()
     while stack:
-        place, x = stack.pop()
-        if isinstance(x, _PLAIN) or id(x) in seen:
+        place, x, put = stack.pop()
+        if isinstance(x, _PLAIN):
             continue
-        seen[id(x)] = x
         if isinstance(x, Tensor):
             if x.requires_grad:
-                yield place, x
-        elif isinstance(x, Mapping):
-            stack += [(f"{place}[{key!r}]", item) for key, item in x.items()]
-        elif isinstance(x, list | tuple | set | frozenset | deque):
-            stack += [(f"{place}[{i}]", item) for i, item in enumerate(x)]
-        if not isinstance(x, Tensor):
-            stack += [(f"{place}.{name}", value) for name, value in _attributes(x)]
+                yield _Hidden(place, x, put)
+        elif id(x) not in seen:
+            seen[id(x)] = x
+            stack += [(f"{place}{step}", value, put) for step, value, put in _within(x)]
 
 
-def _attributes(x: Any) -> Iterator[tuple[str, Any]]:
-    yield from getattr(x, "__dict__", {}).items()
+def _within(x: Any) -> Iterator[tuple[str, Any, Put]]:
+    """One step into an object: how to get there, what is there, and how to put something else there."""
+    if isinstance(x, Mapping):
+        for key, item in list(x.items()):
+            yield f"[{key!r}]", item, partial(x.__setitem__, key) if isinstance(x, MutableMapping) else None
+    elif isinstance(x, list | tuple | set | frozenset | deque):
+        for i, item in enumerate(x):
+            yield f"[{i}]", item, partial(x.__setitem__, i) if isinstance(x, list | deque) else None
+    own = getattr(x, "__dict__", {})
+    for name, value in list(own.items()):
+        yield f".{name}", value, partial(own.__setitem__, name) if isinstance(own, dict) else None
     for kind in type(x).__mro__:
         slots = vars(kind).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if hasattr(x, name):
-                yield name, getattr(x, name)
+                yield f".{name}", getattr(x, name), partial(object.__setattr__, x, name)
     if isinstance(x, FunctionType):
         names = x.__code__.co_freevars
-        yield from (
-            (name, cell.cell_contents) for name, cell in zip(names, x.__closure__ or (), strict=True) if _full(cell)
-        )
+        for name, cell in zip(names, x.__closure__ or (), strict=True):
+            if _full(cell):
+                yield f".{name}", cell.cell_contents, None
     elif isinstance(x, MethodType | BuiltinMethodType | MethodWrapperType):
-        yield "__self__", x.__self__
+        yield ".__self__", x.__self__, None
     elif isinstance(x, partial):
-        yield from (("func", x.func), ("args", x.args), ("keywords", x.keywords))
+        yield from ((".func", x.func, None), (".args", x.args, None), (".keywords", x.keywords, None))
 
 
 def _full(cell: CellType) -> bool:

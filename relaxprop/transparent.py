@@ -9,6 +9,7 @@ May import: _pytorch.
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import wraps
 from typing import Any, cast
 
@@ -141,6 +142,10 @@ def _class_in_place_of(wrapper: type[Transparent], kind: type[nn.Module]) -> typ
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper.forward(self, *args, **kwargs)
+
+    # Accelerate takes its own forward off by following __wrapped__ to the end, which would be the plain module's.
+    del forward.__wrapped__
+    cast(Any, forward).__signature__ = inspect.signature(kind.forward)
 
     known = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     made = cast(Any, type(kind))(kind.__name__, (wrapper, kind), {**known, "forward": forward, "_wrapper": wrapper})

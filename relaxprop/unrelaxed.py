@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop.nested import tensors_requiring_grad
+from relaxprop.nested import tensors_reached
 
 # Linear in each of the tensors that they read, by the names of their nodes in PyTorch's graph.
 _NAMES = """
@@ -39,10 +39,10 @@ def inside(args: Any, outputs: Any) -> set[Node]:
 
     What is given by keyword is not seen, so that then nothing is known to be within it.
     """
-    begin = {x.grad_fn for x in tensors_requiring_grad(args)}
+    begin = {x.grad_fn for x in tensors_reached(args)}
     if not args:
         return set()
-    return _upstream((x.grad_fn for x in tensors_requiring_grad(outputs)), begin)
+    return _upstream((x.grad_fn for x in tensors_reached(outputs)), begin)
 
 
 def operations(tensors: Iterable[Tensor], relaxing: Collection[Node | None]) -> list[str]:

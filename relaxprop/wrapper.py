@@ -28,7 +28,7 @@ from relaxprop.finite import check_finite, check_gradient
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
-from relaxprop.nested import map_tensors, tensors_reached
+from relaxprop.nested import map_requiring_grad, tensors_reached
 from relaxprop.operations import EachOperation
 from relaxprop.probe import check_repeatable
 from relaxprop.recording import InitialState, OutputRule, Recording, record
@@ -276,7 +276,7 @@ class ActivationRelaxation(Transparent):
         outputs = iter(
             RelaxationPhase.apply(recording.update, solve, relaxed, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
-        return map_tensors(lambda x: next(outputs) if x.requires_grad else x, recording.result)
+        return map_requiring_grad(lambda _: next(outputs), recording.result)
 
     def record(self, args: Any, kwargs: Any = None) -> Recording:
         """The module's forward pass, recorded as for training."""

@@ -263,18 +263,36 @@ def test_transforms_that_differentiate_by_themselves(solver: Solver) -> None:
         torch.func.grad(lambda z: squares(model(z)))(x)
 
 
-def test_a_result_that_pytorch_cannot_take_apart() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = mlp(3, 4, 2)
+class InAnObject(nn.Module):
+    """Its result is in an object, in the place that ``wrap`` gives it."""
 
-        def forward(self, x: Tensor) -> Any:
-            return SimpleNamespace(logits=self.net(x))
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.wrap = mlp(3, 4, 2), wrap
 
-    with refuses(TypeError, "SimpleNamespace.logits", "register"):
-        wrap(Wrapped(), solver=PAPER)(torch.randn(2, 3))
-    assert wrap(Wrapped(), solver=Equilibrium())(torch.randn(2, 3)).logits.requires_grad  # nothing is cut
+    def forward(self, x: Tensor) -> Any:
+        return SimpleNamespace(logits=self.wrap(self.net(x)))
+
+
+def test_a_result_where_nothing_can_be_put_in_its_place() -> None:
+    module = InAnObject(lambda y: (y,))
+    with refuses(TypeError, "SimpleNamespace.logits[0]", "register", "Equilibrium()"):
+        wrap(module, solver=PAPER)(torch.randn(2, 3))
+    assert wrap(module, solver=Equilibrium())(torch.randn(2, 3)).logits[0].requires_grad  # nothing is cut
+
+
+@pytest.mark.parametrize("output", ["clamped", "relaxed"])
+def test_a_result_in_an_object_is_put_in_its_place(output: Any) -> None:
+    module, x = InAnObject(lambda y: [y, 2 * y]), torch.randn(2, 3)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        result = model(x).logits
+        return list(torch.autograd.grad(squares(result[0]) + squares(result[1]), list(model.parameters())))
+
+    exact = gradients(module)
+    for a, b in zip(gradients(wrap(module, solver=ClosedForm(0.9, 400), output=output)), exact, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(gradients(wrap(module, solver=Euler(0.1, 2), output=output))[0], exact[0], rtol=0.1)
 
 
 def test_the_modules_own_errors_come_through() -> None:

@@ -25,7 +25,7 @@ from relaxprop.graph import Graph, States
 from relaxprop.inspect.alignment import numbers
 from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
-from relaxprop.nested import map_tensors
+from relaxprop.nested import map_requiring_grad
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
 from relaxprop.update import gradients
@@ -185,7 +185,7 @@ def _driven_graph(
         recording = model.record(inputs, kwargs)
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
     replacements = iter(outputs)
-    result = map_tensors(lambda x: next(replacements) if x.requires_grad else x, recording.result)
+    result = map_requiring_grad(lambda _: next(replacements), recording.result)
     loss = scalar(loss_fn(result))
     refuse_reading(loss, recording.graph)
     recording.graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))

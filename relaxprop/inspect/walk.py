@@ -27,7 +27,7 @@ from relaxprop._pytorch import backward_class, is_leaf_node, leaf_of
 from relaxprop.derivatives import EitherWay
 from relaxprop.feedback import SendBack
 from relaxprop.graph import Vertex
-from relaxprop.nested import map_tensors, tensors_in, tensors_requiring_grad
+from relaxprop.nested import map_tensors, tensors_in, tensors_reached, tensors_requiring_grad
 from relaxprop.vertices import find_layers
 from relaxprop.wrapper import ActivationRelaxation
 
@@ -175,11 +175,11 @@ class Walk:
         calls: list[set[Node]] = []
 
         def on_call(_: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append({_node(x) for x in tensors_requiring_grad((args, kwargs))})
+            calls.append({_node(x) for x in tensors_reached((args, kwargs))})
 
         def on_return(_: nn.Module, args: Any, output: Any) -> None:
             before = calls.pop()
-            stack = [node for x in tensors_requiring_grad(output) if (node := _node(x)) not in before]
+            stack = [node for x in tensors_reached(output) if (node := _node(x)) not in before]
             if is_layer:
                 self.returned |= dict.fromkeys(stack, name)
             while is_whole and stack:
