@@ -50,6 +50,7 @@ __all__ = [
     "is_view",
     "leaf_of",
     "may_be_compiled",
+    "not_in_a_whole_graph",
     "nothing_cached",
     "run_backward",
     "switches_gradients",
@@ -161,6 +162,20 @@ def switches_gradients(func: Any) -> bool:
     """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
     ``set_grad_enabled`` call. There is no public name for it."""
     return func is torch._C._set_grad_enabled
+
+
+def not_in_a_whole_graph(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: ``torch.compile(…, fullgraph=True)`` refuses the function, and says why.
+
+    ``torch.compiler.disable`` does that in public, but imports the compiler, which takes a second. These are the marks
+    that it leaves; the reason is shown from PyTorch 2.7 on.
+    """
+
+    def marked(function: Any) -> Callable[..., Any]:
+        function._torchdynamo_disable, function._torchdynamo_disable_msg = True, reason
+        return cast(Callable[..., Any], function)
+
+    return marked
 
 
 def may_be_compiled() -> bool:

@@ -6,8 +6,10 @@ May import: graph, solvers, _pytorch.
 from __future__ import annotations
 
 import cmath
+from collections.abc import Iterable
 from itertools import islice
 
+import torch
 from torch import Tensor
 
 from relaxprop._pytorch import is_batched
@@ -32,8 +34,14 @@ class NonFiniteStateError(FloatingPointError):
         when = "" if self.step is None else f" after step {self.step}" if self.step else " when the relaxation starts"
         return (
             f"the state of vertex {self.vertex!r} is not finite{when}: look at the loss, lower the learning rate or "
-            "the step size; a gradient scaler, which copes with infinities itself, wants check_finite=False"
+            "the step size; check_finite=False lets infinities propagate"
         )
+
+
+def in_float16(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of the tensors is in float16, whose range is so small that gradients are scaled to fit it: then an
+    infinity is for the scaler, which leaves the step out and scales by less."""
+    return any(x.dtype is torch.float16 for x in tensors)
 
 
 def check_finite(graph: Graph, states: States, solver: Solver) -> None:

@@ -143,6 +143,7 @@ def _class_in_place_of(wrapper: type[Transparent], kind: type[nn.Module]) -> typ
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper.forward(self, *args, **kwargs)
 
+    vars(forward).update(vars(wrapper.forward))
     # Accelerate takes its own forward off by following __wrapped__ to the end, which would be the plain module's.
     del forward.__wrapped__
     cast(Any, forward).__signature__ = inspect.signature(kind.forward)

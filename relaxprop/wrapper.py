@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing
+from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
-from relaxprop.finite import check_finite, check_gradient
+from relaxprop.finite import check_finite, check_gradient, in_float16
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
@@ -148,8 +148,8 @@ class ActivationRelaxation(Transparent):
             the states are linear in ∂L/∂x^L: after n steps they are the prediction errors of predictive coding with
             fixed predictions after n + 1 (Millidge, Tschantz, Buckley, arXiv 2006.04182).
         output: "clamped" holds the output at ∂L/∂x^L as in Algorithm 1; "relaxed" lets it relax there like any vertex.
-        check_finite: raise `NonFiniteStateError` when a state overflows. False leaves infinities to propagate, as a
-            gradient scaler for float16 expects.
+        check_finite: raise `NonFiniteStateError` when a state overflows. Where activities or outputs are in float16,
+            infinities propagate to the gradients in any case: a gradient scaler looks for them there.
         measure_residual: measure, at the price of one more product with A, how far the final states are from
             equilibrium (``last_relaxation.residuals``).
         keep_states: keep the final states (``last_relaxation.states``), for plots and for rules of your own.
@@ -250,6 +250,9 @@ class ActivationRelaxation(Transparent):
             return getattr(self.settings, name)
         return super().__getattr__(name)
 
+    @not_in_a_whole_graph(
+        "a relaxation phase cannot be part of one compiled graph: leave fullgraph=True out, or compile the plain module"
+    )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own result."""
         if not torch.is_grad_enabled() or is_tracing() or is_exporting():
@@ -327,7 +330,7 @@ class ActivationRelaxation(Transparent):
     ) -> None:
         """What follows a relaxation phase, before the weight update."""
         settings = self.settings
-        if settings.check_finite:
+        if settings.check_finite and not in_float16([*graph.outputs, *(v.stand_in for v in graph.vertices)]):
             check_finite(graph, states, settings.solver)
         if settings.measure_residual:
             relaxation = replace(relaxation, residuals=_residuals(graph, states))
@@ -359,12 +362,14 @@ class ActivationRelaxation(Transparent):
         settings = self.settings
         look = settings.check_finite or not self._told
         vertices = find_vertices(self.module, settings.vertices) if look else {}
-        called = set[nn.Module]()
+        called, scaled = set[nn.Module](), False  # `scaled`: whether infinities are left to a gradient scaler
 
         def watch(tensor: Tensor, name: str) -> Tensor:
+            nonlocal scaled
             if in_transform():  # nobody knows what a transform of torch.func makes of a hook
                 return tensor
-            tensor.register_hook(partial(check_gradient, name))  # type: ignore[no-untyped-call]
+            scaled = scaled or in_float16([tensor])
+            tensor.register_hook(lambda x: None if scaled else check_gradient(name, x))  # type: ignore[no-untyped-call]
             return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
@@ -381,6 +386,7 @@ class ActivationRelaxation(Transparent):
         with Hooked(vertices, at_vertex), EachOperation(watch) if each else nullcontext():
             result = self.module(*args, **kwargs)
         outputs = {id(t): t for t in tensors_reached(result)}
+        scaled = scaled or in_float16(outputs.values())
         if outputs and not self._told:
             vars(self)["_told"] = True
             if vertices:
