@@ -267,7 +267,7 @@ def test_a_hook_on_what_accumulates_is_the_public_one() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: torch.jit.script(nn.Linear(2, 2))])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_hook_on_calls_follows_those_that_are_there_and_is_taken_away(make: Callable[[], nn.Module]) -> None:
     module, order, x = make(), list[str](), torch.zeros(1, 2)
     handle = nn.Module.register_forward_hook(module, lambda *_: order.append("the user's"))
@@ -339,7 +339,7 @@ def test_class_of_a_functions_nodes() -> None:
     assert not isinstance(x.sin().grad_fn, _pytorch.backward_class(Asks))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_tracing_is_seen() -> None:
     seen, trace = list[bool](), cast(Any, torch.jit.trace)
 

@@ -34,7 +34,7 @@ def test_export_of_the_wrapper(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
 def test_trace_of_the_wrapper(solver: Solver) -> None:
     model, (x, _) = wrapped(mlp(), solver), samples(4)
     traced = torch.jit.trace(model, (x,))  # type: ignore[no-untyped-call]

@@ -203,7 +203,7 @@ DIFFERENTIATING: dict[str, tuple[type[Differentiating], Callable[[Any], Tensor]]
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, in forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in forward mode
 @all_vertices
 @all_solvers
 @pytest.mark.parametrize("body", [Body, Without])
