@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from relaxprop.__main__ import main as command
+import relaxprop
 from relaxprop.lab.cli import reproduce
 from relaxprop.lab.cli.main import COMMANDS as FUNCTIONS
 from relaxprop.lab.cli.main import main
@@ -162,12 +162,28 @@ def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        ((), 0, "pip install 'relaxprop[lab]'"),
+        (("--help",), 0, "pip install 'relaxprop[lab]'"),
+        (("--version",), 0, f"relaxprop {relaxprop.__version__}\n"),
+        (("train",), 1, "error: the command line needs the package typer: pip install 'relaxprop[lab]'"),
+    ],
+)
 def test_without_the_lab_extra_the_command_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], status: int, says: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "relaxprop.lab.cli.main", None)
-    with pytest.raises(SystemExit, match=r"pip install 'relaxprop\[lab\]'"):
-        command()
+    """In a process of its own, in which the packages of the extra cannot be imported."""
+    extra = ("typer", "pydantic", "rich", "datasets", "safetensors", "sklearn", "matplotlib", "transformers", "pyarrow")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({extra!r})); sys.argv = ['relaxprop', *{arguments!r}]; "
+        "from relaxprop.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == status, ended.stderr
+    assert says in (ended.stderr if status else ended.stdout)
+    assert "Traceback" not in ended.stderr
 
 
 def test_train_says_what_it_did_and_where_it_is(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from relaxprop.lab.data import DataError
 from relaxprop.lab.models import ModelError
 from relaxprop.lab.store import OutputError
 
+__all__ = ["COMMANDS", "app", "main"]
+
 COMMANDS = (train, reproduce, convergence, gradients, depth, defaults, take_over, show, bench)
 for command in COMMANDS:
     app.command()(command)
