@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import suppress
 from functools import wraps
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ class Transparent(nn.Module):
         # Past nn.Module.__init__: the module's class may have another, which takes other arguments.
         own = {name: value for name, value in vars(nn.Module()).items() if not hasattr(Transparent, name)}
         vars(self).update(own, module=module)
-        cast(Any, self).__class__ = _class_in_place_of(type(self), type(module))
+        _stand_in_for(self, type(module))
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for what neither the instance nor its classes have. A copy in the making has no module yet.
@@ -134,10 +135,9 @@ class Transparent(nn.Module):
         return _blank, (_wrapper_of(type(self)), type(self.module)), self.__getstate__()
 
 
-def _class_in_place_of(wrapper: type[Transparent], kind: type[nn.Module]) -> type[Transparent]:
-    """A class of wrappers that derives from the module's class too; where a module is more than its class says, not."""
-    if is_opaque(kind):
-        return wrapper
+def _stand_in_for(made: Transparent, kind: type[nn.Module]) -> None:
+    """Gives a wrapper a class in the place of the module's: one that derives from it, where there can be one."""
+    wrapper = type(made)
 
     @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,9 +148,16 @@ def _class_in_place_of(wrapper: type[Transparent], kind: type[nn.Module]) -> typ
     del forward.__wrapped__
     cast(Any, forward).__signature__ = inspect.signature(kind.forward)
 
+    def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+        return kind(*args, **kwargs)  # what a class method of the module makes is a plain module
+
     known = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = cast(Any, type(kind))(kind.__name__, (wrapper, kind), {**known, "forward": forward, "_wrapper": wrapper})
-    return cast(type[Transparent], made)
+    content = {**known, "__new__": new, "forward": forward, "_wrapper": wrapper}
+    # A class may ask its subclasses for arguments or have slots, and a module may be more than its class says.
+    for bases in ((wrapper,),) if is_opaque(kind) else ((wrapper, kind), (wrapper,)):
+        with suppress(TypeError):
+            cast(Any, made).__class__ = cast(Any, type(bases[-1]))(kind.__name__, bases, content)
+            return
 
 
 def _wrapper_of(kind: type[Transparent]) -> type[Transparent]:
@@ -161,5 +168,5 @@ def _wrapper_of(kind: type[Transparent]) -> type[Transparent]:
 def _blank(wrapper: type[Transparent], kind: type[nn.Module]) -> Transparent:
     """A wrapper whose state is to come."""
     made = object.__new__(wrapper)
-    cast(Any, made).__class__ = _class_in_place_of(wrapper, kind)
+    _stand_in_for(made, kind)
     return made

@@ -250,6 +250,9 @@ class ActivationRelaxation(Transparent):
             return getattr(self.settings, name)
         return super().__getattr__(name)
 
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_SETTINGS})
+
     @not_in_a_whole_graph(
         "a relaxation phase cannot be part of one compiled graph: leave fullgraph=True out, or compile the plain module"
     )
