@@ -5,11 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+
+TOOLS = ("transformers", "peft", "accelerate", "lightning", "onnx", "tensorboard")  # that the wrapper is tried in
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,6 +39,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     outcome = {
         "torch": torch.__version__,
         "numpy": np.__version__,
+        **{name: found for name in TOOLS if (found := _version(name)) is not None},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": " ".join(["pytest", *config.invocation_params.args]),

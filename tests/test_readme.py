@@ -131,3 +131,12 @@ def test_how_far_the_cnn_is_from_convergence_is_as_the_readme_says() -> None:
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_row_of_works_with_is_a_test() -> None:
+    section = README.partition("## Works with\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith(("| tool", "| ---"))]
+    named = {path for row in rows for path in re.findall(r"\]\((tests/[^)]+)\)", row)}
+    there = {f"tests/integrations/{path.name}" for path in (ROOT / "tests/integrations").glob("test_*.py")}
+    assert len(rows) == 8
+    assert named == there | {"tests/test_transparent.py"}
