@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-
 TOOLS = ("transformers", "peft", "accelerate", "lightning", "onnx", "tensorboard")  # that the wrapper is tried in
 
 
