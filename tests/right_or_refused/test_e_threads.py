@@ -171,7 +171,12 @@ def test_another_thread_uses_the_wrapper(other: str, solver: Any) -> None:
     ("other", "solver", "vertices"),
     [("evaluated", solver, vertices) for solver in CONVERGED for vertices in VERTICES]
     + [(other, Equilibrium(), vertices) for other in ("saliency-by-grad", "trained") for vertices in VERTICES]
-    + [(other, solver, "operations") for other in ("saliency-by-grad", "trained") for solver in CUTTING],
+    + [
+        (other, solver, vertices)
+        for other in ("saliency-by-grad", "trained")
+        for solver in CUTTING
+        for vertices in VERTICES
+    ],
 )
 def test_the_plain_module_is_used_within_a_pass(other: str, solver: Any, vertices: Any) -> None:
     """In the same thread, as by a callback that logs. It is the model's own doing: right, or refused."""
