@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import arg_tree_leaves, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
+    "GRAPH_FREED",
     "LEAF_OVERWRITTEN",
     "accumulated_hooks",
     "arg_tree_leaves",
@@ -70,7 +71,8 @@ def tree_parts(nested: Any) -> tuple[list[Any] | None, Callable[[list[Any]], Any
 
 
 LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
-"""What PyTorch says in the `RuntimeError` that has no class of its own."""
+GRAPH_FREED = "Trying to backward through the graph a second time"
+"""What PyTorch says in two `RuntimeError`s that have no classes of their own."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the engine

@@ -31,10 +31,17 @@ class NonFiniteStateError(FloatingPointError):
         super().__init__(vertex, step)
 
     def __str__(self) -> str:
-        when = "" if self.step is None else f" after step {self.step}" if self.step else " when the relaxation starts"
+        masked = "start from zero (initial='zero') or pass solver=Equilibrium()"
+        if self.step == 0:
+            return (
+                f"the state of vertex {self.vertex!r} is not finite when the relaxation starts: the model computes an "
+                f"infinite activity there, as a mask of −∞ does; {masked}"
+            )
+        when = "" if self.step is None else f" after step {self.step}"
         return (
             f"the state of vertex {self.vertex!r} is not finite{when}: look at the loss, lower the learning rate or "
-            "the step size; check_finite=False lets infinities propagate"
+            "the step size; where a mask puts activities at the end of their type's range, "
+            f"{masked}; check_finite=False lets infinities propagate"
         )
 
 

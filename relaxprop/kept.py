@@ -93,7 +93,7 @@ def _where_kept(module: nn.Module | None) -> str:
     ]
     if names:
         return f"on the attribute {' or '.join(map(repr, names))}"
-    return "not on an attribute of its modules: in a list that it was given, a closure or a hook"
+    return "not on an attribute of its modules: in a list that it was given, a closure, a hook or parametrize.cached()"
 
 
 def _attributes(part: nn.Module) -> Mapping[str, Any]:

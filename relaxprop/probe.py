@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from relaxprop._pytorch import backward_class
+from relaxprop._pytorch import GRAPH_FREED, backward_class
 from relaxprop.derivatives import EitherWay
 from relaxprop.feedback import SendBack, SharedGradient
 from relaxprop.graph import Gradients, Graph, States, Vertex, vector_jacobian_product
@@ -60,6 +60,11 @@ def check_repeatable(module: nn.Module, update: Update) -> bool:
         raise
     except Exception as error:  # the model's own code runs there, which may raise anything
         reason, cause = f"fails when it is taken again ({type(error).__name__}: {error})", error
+        if GRAPH_FREED in str(error):
+            reason = (
+                "reads what another pass has computed, as within parametrize.cached() or by a state that was not "
+                "detached, whose graph that pass's backward frees"
+            )
     finally:
         graph.drive_outputs(driven)
         filled = [_put_back(*kept) for kept in held]

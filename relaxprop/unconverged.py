@@ -5,6 +5,7 @@ May import: graph, solvers.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 
@@ -28,8 +29,11 @@ def shares(graph: Graph, states: States) -> dict[str, float]:
     exact = graph.sweep(lambda _, arriving: arriving)
     found = {}
     for vertex, x in states.items():
-        difference, size = float((x - exact[vertex]).norm()), float(x.norm())
-        found[vertex.name] = difference / size if size else float(difference > 0)
+        # Brought to about 1: what is left of a mask's least number is so large that its norm is not a number any more.
+        scale = float(x.abs().max()) if x.numel() else 0.0
+        difference, size = float(((x - exact[vertex]) / (scale or 1)).norm()), float((x / (scale or 1)).norm())
+        share = difference / size if size else float(difference > 0)
+        found[vertex.name] = share if math.isfinite(share) else 1.0
     return found
 
 

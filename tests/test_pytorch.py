@@ -448,6 +448,14 @@ def test_message_of_a_write_to_a_leaf() -> None:
         leaf(2).add_(1)
 
 
+def test_message_of_a_graph_that_was_freed() -> None:
+    x = leaf(2)
+    y = (x.sin() ** 2).sum()
+    y.backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match=_pytorch.GRAPH_FREED):
+        y.backward()  # type: ignore[no-untyped-call]
+
+
 def test_nested_structures() -> None:
     pair = namedtuple("pair", ("first", "second"))
     nested = {"a": [1, (2, None)], "b": pair(3, OrderedDict(x="x"))}

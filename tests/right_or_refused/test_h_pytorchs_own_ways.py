@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
 from relaxprop import (
@@ -19,9 +20,14 @@ from relaxprop import (
     Equilibrium,
     Euler,
     Frozen,
+    NonFiniteStateError,
+    UnconvergedWarning,
+    use_feedback,
 )
 from tests.right_or_refused.verdicts import (
+    REFUSALS,
     Found,
+    check_refused,
     gradients,
     named_gradients,
     right_or_refused,
@@ -60,6 +66,35 @@ class Net(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------- cached
+
+
+@every_setting
+@pytest.mark.parametrize("feedback", [False, True], ids=["symmetric", "feedback"])
+def test_parametrize_cached(setting: dict[str, Any], feedback: bool) -> None:
+    """Within it a parametrized weight is computed once, for all calls of the layer and of the model."""
+
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.cortex(self.relay(self.cortex(self.retina(x))))
+            y: Tensor = self.readout(self.motor(self.relay(h)))
+            return y
+
+    def normed() -> nn.Module:
+        model = Twice()
+        for layer in (model.retina, model.relay):
+            parametrizations.weight_norm(layer)
+        torch.manual_seed(5)
+        return use_feedback(model, "random") if feedback else model
+
+    def attempt(model: nn.Module) -> Found:
+        with parametrize.cached():
+            loss = squares(model(batch())) + squares(model(-batch()))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return named_gradients(model)
+
+    exact = attempt(normed())
+    names = "retina", "relay", "retina.weight", "relay.weight", "parametrize.cached"
+    right_or_refused(lambda: attempt(ActivationRelaxation(normed(), **setting)), exact, *names)
 
 
 @pytest.mark.parametrize("unfrozen", ["update_derivative", "update_activity"])
@@ -345,3 +380,92 @@ def test_hooks_on_parameters_run_once(hooks: Callable[[nn.Module], None], settin
     names = [name for name, _ in plain.named_parameters()]
     exact = gradients(plain, batch())
     right_or_refused(lambda: gradients(ActivationRelaxation(model, **setting), batch()), exact, *names)
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+class MaskedLoss(nn.Module):
+    """Some classes are impossible; the loss is within the model."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.retina, self.cortex, self.readout = nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)
+        self.softmax = nn.Softmax(1) if how == "softmax" else nn.LogSoftmax(1)
+        self.how = how
+        self.mask = torch.tensor([False, True, False, True])
+        self.double()
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        scores = self.readout(self.cortex(self.retina(x)))
+        worst = torch.finfo(scores.dtype).min if self.how == "least number" else -torch.inf
+        scores = scores.masked_fill(self.mask, worst)
+        if self.how == "cross entropy":
+            return functional.cross_entropy(scores, target, reduction="sum")
+        if self.how == "functional":
+            return functional.nll_loss(functional.log_softmax(scores, 1), target, reduction="sum")
+        if self.how == "by hand":
+            by_hand: Tensor = (scores.logsumexp(1) - scores.gather(1, target[:, None])[:, 0]).sum()
+            return by_hand
+        probabilities = self.softmax(scores)
+        if self.how == "softmax":
+            chosen: Tensor = -probabilities.gather(1, target[:, None]).log().sum()
+            return chosen
+        return functional.nll_loss(probabilities, target, reduction="sum")
+
+
+def check_remedy(error: NonFiniteStateError, names: tuple[str, ...]) -> None:
+    """The learning rate has nothing to do with it: what helps is named."""
+    check_refused(error, *names)
+    assert any(word in str(error) for word in ("mask", "Equilibrium", "zero", "converge")), f"no remedy: {error}"
+
+
+MASKED = MANY_PRODUCTS | {
+    "Euler, modules": {"solver": Euler(0.5, 300), "vertices": "modules"},
+    "Euler, operations": {"solver": Euler(0.5, 300), "vertices": "operations"},
+}
+
+
+@pytest.mark.parametrize("setting", MASKED.values(), ids=MASKED.keys())
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "b"])
+@pytest.mark.parametrize("how", ["module", "least number", "functional", "cross entropy", "by hand", "softmax"])
+def test_a_masked_softmax_with_the_loss_inside(how: str, setting: dict[str, Any], frozen: bool) -> None:
+    """Activities of −∞ are no states to start from: right, or refused by the vertex with the way out."""
+    if not frozen and setting.get("vertices") == "operations":
+        setting = setting | {"frozen": Frozen(update_derivative=False, update_activity=False)}
+    elif not frozen:
+        setting = setting | {"frozen": Frozen(update_derivative=False)}
+    target = torch.tensor([0, 2, 0])
+    plain = MaskedLoss(how)
+    plain(batch(), target).backward()
+    exact = named_gradients(plain)
+
+    def attempt() -> Found:
+        model = ActivationRelaxation(MaskedLoss(how), **setting)
+        model(batch(), target).backward()
+        return named_gradients(model)
+
+    names = "softmax", "log_softmax", "masked_fill", "nll_loss", "logsumexp", "gather", "cortex", "readout"
+    if frozen:
+        try:
+            right_or_refused(attempt, exact, *names)
+        except NonFiniteStateError as error:
+            check_remedy(error, names)
+        return
+    try:  # an update at other activities is no gradient to compare with: it must be finite, or refused
+        found = attempt()
+    except REFUSALS as error:
+        check_refused(error, *names)
+        return
+    except NonFiniteStateError as error:
+        check_remedy(error, names)
+        return
+    assert all(g is not None and g.isfinite().all() for g in found.values())
+
+
+def test_what_is_left_of_a_masks_least_number_is_told() -> None:
+    """62 steps leave 1e-18 of the initial states, and one of these is 1e308."""
+    model = ActivationRelaxation(MaskedLoss("least number"), solver=ClosedForm(0.5, 62), vertices="modules")
+    with pytest.warns(UnconvergedWarning, match=r"of the final state of vertex .* is left of the initial state"):
+        model(batch(), torch.tensor([0, 2, 0])).backward()
