@@ -54,6 +54,7 @@ __all__ = [
     "not_in_a_whole_graph",
     "nothing_cached",
     "run_backward",
+    "run_uncompiled",
     "switches_gradients",
     "tree_leaves",
     "tree_map",
@@ -178,6 +179,18 @@ def not_in_a_whole_graph(reason: str) -> Callable[[Callable[..., Any]], Callable
         return cast(Callable[..., Any], function)
 
     return marked
+
+
+def run_uncompiled(function: Callable[..., Any], *args: Any) -> Any:
+    """``torch.compiler.disable(function)(*args)``. Where the compiler was not imported, nothing is compiled."""
+    if not may_be_compiled():
+        return function(*args)
+    if function not in _UNCOMPILED:
+        _UNCOMPILED[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return _UNCOMPILED[function](*args)
+
+
+_UNCOMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}  # a plain one, as the compiler follows to here
 
 
 def may_be_compiled() -> bool:

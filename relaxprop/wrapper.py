@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph
+from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph, run_uncompiled
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient, in_float16
@@ -260,6 +260,9 @@ class ActivationRelaxation(Transparent):
         """The module's own result."""
         if not torch.is_grad_enabled() or is_tracing() or is_exporting():
             return self.module(*args, **kwargs)
+        return run_uncompiled(ActivationRelaxation._forward, self, args, kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings

@@ -1,6 +1,6 @@
 """What every inspection shares: a wrapped model that it leaves as it was.
 
-May import: nested, snapshot, vertices, wrapper.
+May import: _pytorch, nested, snapshot, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from relaxprop._pytorch import is_compiled
 from relaxprop.nested import tensors_in
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import named_parts
@@ -40,7 +41,11 @@ class SamePass:
 
     def __init__(self, model: ActivationRelaxation) -> None:
         self._module = model.module
-        self._names = named_parts(model.module)
+        names = named_parts(model.module)
+        compiled = tuple(
+            f"{name}." for part, name in names.items() if is_compiled(part)
+        )  # no hook is compiled for this
+        self._names = {part: name for part, name in names.items() if not name.startswith(compiled)}
         self._noted: dict[nn.Module, list[list[Tensor]]] = {}
 
     @contextmanager

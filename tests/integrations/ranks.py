@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from relaxprop.solvers import Solver
 from tests.integrations.problem import EQUAL, OTHER, mlp, samples, wrapped
 
+SHARDS_ON_CPU = hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
 SIZE = 8  # of the whole minibatch
 SOLVERS: dict[str, Solver] = EQUAL | {"other": OTHER}
 Found = dict[str, Any]
@@ -149,10 +150,11 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        for case in CASES:
+        for case in CASES if SHARDS_ON_CPU else CASES[:3]:
             for name, solver in SOLVERS.items():
                 torch.save(case(rank, solver), folder / f"{case.__name__}-{name}-{rank}.pt")
-        torch.save(checkpoint(rank, EQUAL["default"], folder), folder / f"checkpoint-default-{rank}.pt")
+        if SHARDS_ON_CPU:
+            torch.save(checkpoint(rank, EQUAL["default"], folder), folder / f"checkpoint-default-{rank}.pt")
     except Exception:
         (folder / f"failed-{rank}").write_text(traceback.format_exc())
         os._exit(1)  # the other rank may wait for this one for ever

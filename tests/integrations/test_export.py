@@ -73,6 +73,10 @@ def test_the_graph_of_tensorboard(tmp_path: Path) -> None:
     assert b"Tanh" in file.read_bytes() or b"tanh" in file.read_bytes()
 
 
+# Before PyTorch 2.7 the compiler says only what it does not compile.
+REASON = "leave fullgraph=True out" if hasattr(torch.compiler, "is_exporting") else "disable"
+
+
 class Larger(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class Larger(nn.Module):
 def test_one_whole_graph_is_refused_by_name(make: Callable[[nn.Module], nn.Module], solver: Solver) -> None:
     model, (x, _) = wrapped(mlp(), solver), samples(4)
     compiled = torch.compile(make(model), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="leave fullgraph=True out, or compile the plain module"):
+    with pytest.raises(Exception, match=REASON):
         compiled(x)
     torch.compiler.reset()
     partly = torch.compile(make(model), backend="eager")
