@@ -3,9 +3,9 @@
     python results/unfrozen/measure.py --out results/unfrozen/steps.json
 
 With Frozen(relaxation_derivative=False) the number of steps is the one that the same graph takes with everything
-frozen. Nothing guarantees that it is enough there. So it is measured on perceptrons of width 64 on digits: the largest residual
-``‖A x + s − x‖ / ‖A x + s‖`` of a final state, and the largest distance of a parameter's gradient to that after four
-times as many steps, relative to its norm.
+frozen. Nothing guarantees that it is enough there. So it is measured on perceptrons of width 64 on digits: the
+largest residual ``‖A x + s − x‖ / ‖A x + s‖`` of a final state, and the largest distance of a parameter's gradient to
+that after four times as many steps, relative to its norm.
 """
 
 from __future__ import annotations
