@@ -263,6 +263,8 @@ class ActivationRelaxation(Transparent):
         return run_uncompiled(ActivationRelaxation._forward, self, args, kwargs)
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
+        if not self._told:
+            _refuse_outer(self.module)  # it may have been put there since
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from relaxprop import ActivationRelaxation
+from relaxprop.solvers import Solver
 from tests.integrations import ranks
-from tests.integrations.problem import EQUAL, distance, mlp, wrapped
+from tests.integrations.problem import EQUAL, distance, mlp, samples, wrapped
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -88,6 +89,18 @@ def test_what_has_to_be_outside_is_refused_inside() -> None:
         ActivationRelaxation(nn.Sequential(mlp(), nn.DataParallel(nn.Linear(4, 4))))
     with pytest.raises(TypeError, match="wrap the plain module once"):
         ActivationRelaxation(nn.Sequential(wrapped(mlp(), EQUAL["default"])))
+
+
+@pytest.mark.parametrize("solver", EQUAL.values(), ids=str)
+def test_what_is_put_inside_later_is_refused_in_the_first_pass(solver: Solver) -> None:
+    x, _ = samples(4)
+    model = wrapped(mlp(), solver)
+    model[2] = _Parallel(nn.Linear(8, 8))
+    with pytest.raises(TypeError, match="the part '2' of module is a DistributedDataParallel"):
+        model(x)
+    model[2] = wrapped(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), solver)
+    with pytest.raises(TypeError, match="the part '2' of module is an ActivationRelaxation already"):
+        model(x)
 
 
 def test_data_parallel_is_refused_by_name() -> None:
