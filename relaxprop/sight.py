@@ -120,7 +120,8 @@ def refuse_nested_differentiation(model: str) -> None:
 def cut_off(reason: str) -> ValueError:
     """The error of a model that looks at itself across a cut."""
     return ValueError(
-        f"{reason}: pass solver=Equilibrium(), which cuts nothing, or let the model do without it in training"
+        f"{reason}: pass solver=Equilibrium(), which cuts nothing in training, or let the model do without it; "
+        "certificate, convergence and describe_locality cut the graph with every solver"
     )
 
 
