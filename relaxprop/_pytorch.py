@@ -154,11 +154,11 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether ``torch.export`` follows what runs. Before PyTorch 2.7 nothing tells."""
-    return _IS_EXPORTING is not None and bool(_IS_EXPORTING())
+    """Whether ``torch.export`` follows what runs. Before PyTorch 2.7 nothing tells.
 
-
-_IS_EXPORTING: Any = getattr(torch.compiler, "is_exporting", None)
+    The public ``torch.compiler.is_exporting`` reads this flag. PyTorch 2.10 takes it for True in whatever it compiles.
+    """
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def switches_gradients(func: Any) -> bool:

@@ -364,6 +364,9 @@ def test_exporting_is_seen() -> None:
     torch.export.export(Asks(), (torch.zeros(2),), strict=False)
     assert seen == [hasattr(torch.compiler, "is_exporting")] * len(seen)
     assert seen
+    seen.clear()
+    torch.compile(Asks(), backend="eager")(torch.zeros(2))
+    assert not any(seen)
 
 
 def test_batched_tensors() -> None:
