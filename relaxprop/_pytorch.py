@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 # Nested structures: PyTorch has no public name, and Hugging Face registers its output classes with this one.
 from torch.utils._pytree import arg_tree_leaves, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "GRAPH_FREED",
@@ -39,6 +40,7 @@ __all__ = [
     "has_hooks",
     "hook_accumulated",
     "hook_calls",
+    "hooks_registered",
     "in_forward_mode",
     "in_transform",
     "is_batched",
@@ -65,15 +67,11 @@ __all__ = [
 ]
 
 
-def tree_parts(nested: Any) -> tuple[list[Any] | None, Callable[[list[Any]], Any]]:
-    """The parts of a nested structure, one level deep, and what builds it of such parts; None where it has none."""
-    parts, form = tree_flatten(nested, is_leaf=lambda x: x is not nested)
-    return (None if form.is_leaf() else parts), partial(tree_unflatten, treespec=form)
-
-
 LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
+"""What PyTorch says in a `RuntimeError` that has no class of its own."""
+
 GRAPH_FREED = "Trying to backward through the graph a second time"
-"""What PyTorch says in two `RuntimeError`s that have no classes of their own."""
+"""Likewise."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the engine
@@ -161,6 +159,14 @@ def is_exporting() -> bool:
     return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
+def hooks_registered() -> int:
+    """How many hooks were ever registered in this process, on tensors, nodes and modules: the number of the next one.
+
+    Those on a tensor can be registered in public, but not seen: what keeps them once the tensor is gone is the node.
+    """
+    return RemovableHandle.next_id
+
+
 def switches_gradients(func: Any) -> bool:
     """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
     ``set_grad_enabled`` call. There is no public name for it."""
@@ -216,6 +222,15 @@ def is_checkpointed() -> bool:
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+# ----------------------------------------------------------------------------------------------- nested structures
+
+
+def tree_parts(nested: Any) -> tuple[list[Any] | None, Callable[[list[Any]], Any]]:
+    """The parts of a nested structure, one level deep, and what builds it of such parts; None where it has none."""
+    parts, form = tree_flatten(nested, is_leaf=lambda x: x is not nested)
+    return (None if form.is_leaf() else parts), partial(tree_unflatten, treespec=form)
 
 
 # ------------------------------------------------------------------------------------------------------------ a tensor

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 from weakref import ref
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, is_checkpointed, is_view, version
+from relaxprop._pytorch import LEAF_OVERWRITTEN, arrived_hooks, hooks_registered, is_checkpointed, is_view, version
 from relaxprop.derivatives import recorded_switches
 from relaxprop.graph import Layer, Linearisation, Vertex
 from relaxprop.kept import mark
@@ -34,11 +35,12 @@ from relaxprop.nested import (
     tensors_requiring_grad,
 )
 from relaxprop.operations import EachOperation
-from relaxprop.sight import Sight, refuse_nested_differentiation
+from relaxprop.sight import Sight, hooked_unseen, refuse_nested_differentiation
 from relaxprop.unrelaxed import inside
 from relaxprop.vertices import Hooked
 
 _NOTHING = nullcontext()
+_WORDS = (bool, str)
 
 
 class Cut(NamedTuple):
@@ -76,17 +78,18 @@ class Writes:
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
         repeated: whether a pass was run again at its own activities and found to be the same.
-        watched: whether a whole pass was watched for what the model would see wrongly of itself (`Sight`).
+        watched: how the last pass began. One that begins likewise need not be watched for what the model would see
+            wrongly of itself (`Sight`): with as many hooks, in the same mode, told the same.
     """
 
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
     repeated: bool = False
-    watched: bool = False
+    watched: object = None
 
     def learn(self, run: Run) -> None:
         """Notes what a finished run has written to."""
-        self.watched = True
+        self.watched = run.begins
         for handed in run.handed_on.values():
             if handed.overwritten or handed.origin not in self.into:
                 self.into[handed.origin] = handed.overwritten
@@ -164,6 +167,11 @@ class Arguments:
                 for x in containers.values():
                     replace_within(lambda x: known.get(id(x), x), x, own)
 
+    def options(self) -> object:
+        """What among the arguments may tell the model what to do, rather than with what: names, flags and words."""
+        given = itertools.chain(enumerate(self.args), self.kwargs.items())
+        return [(name, x if isinstance(x, _WORDS) else None) for name, x in given]
+
     def copied(self) -> Arguments:
         """The same tensors in lists and dicts of their own, which the model may write into."""
         twin, copies = Arguments((), {}), dict[int, Any]()
@@ -229,29 +237,36 @@ class Run:
         self.within: set[Node] = set()
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self.model = ""  # the name of its class
+        self.begins: object = None
         self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
         """The model's result."""
         self._module, self.model = ref(module), type(module).__name__
+        registered = hooks_registered()
+        self.begins = registered, module.training, arguments.options()
         cut = self.cut
         # A layer's output is noted before it is cut, where the layer is a vertex too.
         layers = Hooked(cut.layers, self._note_layer, self) if cut.layers else _NOTHING
         operations = EachOperation(self._cut_operation, model=self.model) if cut.operations else _NOTHING
-        watched = self.writes.watched or torch.compiler.is_compiling()  # no mode can be entered in what is compiled
-        sight = _NOTHING if watched else Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices})
+        sight = None
+        if self.begins != self.writes.watched and not torch.compiler.is_compiling():  # where no mode can be entered
+            sight = Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices}, partial(self._given, arguments))
         token = recorded_switches.set(self.switches)
         try:
             with (
                 arguments.handed_on(self._hand_on_input) as (args, kwargs),
                 layers,
                 Hooked(cut.modules, self._cut_output, self),
-                sight,
+                sight or _NOTHING,
                 operations,
             ):
                 result = module(*args, **kwargs)
                 if arguments.inputs:  # afterwards the caller's own lists hold the caller's own inputs
                     result = rebuilt(result, {})
+            if sight is None and hooks_registered() != registered:
+                activities = [x for v in self.vertices for x in (v.output, v.stand_in)]
+                hooked_unseen(self.model, activities, arguments.inputs.values())
         except RuntimeError as error:
             if LEAF_OVERWRITTEN in str(error):
                 self.writes.into.update(dict.fromkeys(self.writes.into, True))
@@ -339,6 +354,13 @@ class Run:
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         return tensor
+
+    def _given(self, arguments: Arguments, x: Tensor) -> Tensor | None:
+        """The user's tensor where this is an input, as it was handed on."""
+        handed = self.handed_on.get(id(x))
+        if handed is None or handed.overwritten or id(handed.stand_in) not in arguments.inputs:
+            return None
+        return arguments.inputs[id(handed.stand_in)][0]
 
     def _own(self, output: Tensor) -> Tensor:
         """The vertex's own stand-in where the output is an untouched copy of it."""

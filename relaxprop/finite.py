@@ -52,13 +52,13 @@ def in_float16(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_finite(graph: Graph, states: States, solver: Solver) -> None:
-    """Refuse states that are infinite or not a number.
+    """Refuse states that are infinite or not a number, but for what a gradient scaler looks after (`in_float16`).
 
     Raises:
         NonFiniteStateError: if there is one; it names the vertex and the step where the first one was.
     """
     overflowed = _first_not_finite(states)
-    if overflowed is None:
+    if overflowed is None or in_float16([*graph.outputs, *(v.stand_in for v in graph.vertices)]):
         return
     step = None
     if (euler := solver.replay()) is not None:

@@ -49,8 +49,7 @@ class EachOperation(TorchFunctionMode):
         self.model = model
 
     def __enter__(self) -> EachOperation:
-        self._uncompiled = uncompiled()  # compiled code announces nothing
-        self._uncompiled.__enter__()
+        uncompiled.__enter__()  # compiled code announces nothing
         self._enabled = torch.is_grad_enabled()  # as the model has last set it, an autograd.Function aside
         self._in_function = False
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -58,7 +57,7 @@ class EachOperation(TorchFunctionMode):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._uncompiled.__exit__(None, None, None)
+        uncompiled.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -6,7 +6,7 @@ behind. But an ``autograd.Function`` or a tensor hook can do what it likes: clam
 into what it is given, fill ``.grad``. The product ``A x + s`` onto everything is taken here with states made up, with
 multiples of them, and split as `Graph.sweep` splits it. Factors that are powers of two make no rounding error.
 
-May import: _pytorch, derivatives, feedback, graph, update.
+May import: _pytorch, derivatives, feedback, graph, sight, update.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from relaxprop._pytorch import GRAPH_FREED, backward_class
 from relaxprop.derivatives import EitherWay
 from relaxprop.feedback import SendBack, SharedGradient
 from relaxprop.graph import Gradients, Graph, States, Vertex, vector_jacobian_product
+from relaxprop.sight import CutOffError
 from relaxprop.update import Update, without_hooks
 
 _OWN = tuple(backward_class(function) for function in (EitherWay, SendBack, SharedGradient))
@@ -56,7 +57,7 @@ def check_repeatable(module: nn.Module, update: Update) -> bool:
                 not torch.equal(a, b) for a, b in zip(before, _random_states(devices), strict=True)
             ):
                 reason = "draws random numbers"
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, CutOffError):
         raise
     except Exception as error:  # the model's own code runs there, which may raise anything
         reason, cause = f"fails when it is taken again ({type(error).__name__}: {error})", error

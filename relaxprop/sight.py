@@ -3,14 +3,15 @@
 Its own derivatives would end at the next vertex, and what looks at a gradient on its way would see that of one product
 with A, of which there are many. `Equilibrium` cuts nothing, so there all of it is right.
 
-May import: _pytorch.
+May import: _pytorch, unconverged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from relaxprop._pytorch import (
+    arrived_hooks,
     backward_hooks,
     in_forward_mode,
     in_transform,
@@ -28,16 +30,39 @@ from relaxprop._pytorch import (
     tree_leaves,
     with_backward_hooks,
 )
+from relaxprop.unconverged import warn_user
 
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
-def uncompiled() -> AbstractContextManager[Any]:
-    """A context within which compiled parts of a model run as they were written."""
-    if not may_be_compiled():  # then nothing is compiled, and the import would take a second
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+class _Uncompiled:
+    """Within it, compiled parts of a model run as they were written.
+
+    The compiler's stance is the whole process's: the first thread that enters sets it, the last one that leaves puts it
+    back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._within = 0
+        self._stance: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                # Where the compiler was not imported, nothing is compiled, and the import would take a second.
+                self._stance = torch.compiler.set_stance("force_eager") if may_be_compiled() else nullcontext()
+                self._stance.__enter__()
+            self._within += 1
+
+    def __exit__(self, *exception: Any) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._stance.__exit__(None, None, None)
+
+
+uncompiled = _Uncompiled()
 
 
 class Sight(TorchFunctionMode):
@@ -45,27 +70,30 @@ class Sight(TorchFunctionMode):
 
     Args:
         model: the name of its class.
-        stand_ins: the ids of the stand-ins so far.
+        stand_ins: the ids of the vertices' stand-ins so far.
+        given: for what was handed on in the place of an input, the user's tensor; else None.
 
     Raises:
         ValueError: within it, if the model differentiates what was cut, or retains a gradient there; later, in a
-            product with A, if a hook that the model has put on an activity only looks.
+            backward, if a hook that it has put on what it computed only looks.
     """
 
-    def __init__(self, model: str, stand_ins: Callable[[], Collection[int]]) -> None:
+    def __init__(
+        self, model: str, stand_ins: Callable[[], Collection[int]], given: Callable[[Tensor], Tensor | None]
+    ) -> None:
         super().__init__()
         self.model = model
         self.stand_ins = stand_ins
+        self.given = given
 
     def __enter__(self) -> Sight:
-        self._uncompiled = uncompiled()  # compiled code announces nothing
-        self._uncompiled.__enter__()
+        uncompiled.__enter__()  # compiled code announces nothing
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._uncompiled.__exit__(None, None, None)
+        uncompiled.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -77,10 +105,12 @@ class Sight(TorchFunctionMode):
                 raise cut_off(
                     f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
                 )
-        elif func is Tensor.register_hook and self._meets_a_vertex(args[:1]):
+        elif func is Tensor.register_hook:
             tensor, register, hook = args[0], cast(Any, func), kwargs["hook"] if kwargs else args[1]
-            where = f"that {self.model} puts on an activity of shape {tuple(tensor.shape)}"
-            return register(tensor, _must_change(hook, where))
+            if (given := self.given(tensor)) is not None and given.requires_grad:
+                return register(given, hook)
+            if tensor.grad_fn is not None or id(tensor) in self.stand_ins():
+                return register(tensor, _must_change(hook, _on_activity(self.model, tensor)))
         return func(*args, **kwargs)
 
     def _meets_a_vertex(self, nested: Any) -> bool:
@@ -117,11 +147,15 @@ def refuse_nested_differentiation(model: str) -> None:
         raise cut_off(f"{model} differentiates in forward mode, whose tangents end at the next vertex")
 
 
-def cut_off(reason: str) -> ValueError:
-    """The error of a model that looks at itself across a cut."""
-    return ValueError(
+class CutOffError(ValueError):
+    """A model looks at itself across a cut."""
+
+
+def cut_off(reason: str) -> CutOffError:
+    """The error with the way out."""
+    return CutOffError(
         f"{reason}: pass solver=Equilibrium(), which cuts nothing in training, or let the model do without it; "
-        "certificate, convergence and describe_locality cut the graph with every solver"
+        "certificate, convergence and describe_locality cut the graph with every solver, so take it away while they run"
     )
 
 
@@ -161,6 +195,32 @@ def changing(modules: Collection[nn.Module], parts: Mapping[nn.Module, str]) -> 
     finally:
         for (_, hooks), kept in zip(places, own, strict=True):
             hooks.update((key, hook) for key, hook in kept.items() if key in hooks)
+
+
+def hooked_unseen(model: str, activities: Iterable[Tensor], inputs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """To be called where hooks were registered while nobody watched: those that can be found are held to the same.
+
+    Args:
+        model: the name of its class.
+        activities: what hooks may be on.
+        inputs: likewise, the user's tensors and their stand-ins.
+    """
+    for tensor in activities:
+        hooks = arrived_hooks(tensor) or {}
+        for key, hook in hooks.items():
+            hooks[key] = _must_change(hook, _on_activity(model, tensor))
+    for given, stand_in in inputs:
+        for hook in (arrived_hooks(stand_in) or {}).values():
+            given.register_hook(hook)  # type: ignore[no-untyped-call]
+    warn_user(
+        f"a hook was registered while {model} ran, for the first time: if it is on what a layer has computed and only "
+        "looks, it sees one product with A out of many in this pass, and is refused from the next one on; pass "
+        "solver=Equilibrium(), with which every hook sees the gradient"
+    )
+
+
+def _on_activity(model: str, tensor: Tensor) -> str:
+    return f"that {model} puts on an activity of shape {tuple(tensor.shape)}"
 
 
 def _must_change(hook: Callable[..., Any], where: str) -> Callable[..., Any]:

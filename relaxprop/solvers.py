@@ -173,8 +173,8 @@ class Euler(_Stepped):
         step_size: η in (0, 2).
         num_steps: number of steps, ≥ 1; with a tolerance, at most so many. None (default): the fewest that leave no
             more than rounding of the initial state (`planned_steps`). Where the relaxation's derivative is not frozen,
-            it is the same number. There it reached a fixed point to rounding with tanh, and none with ReLU, where
-            states slide along the jump of the derivative whatever the number (results/unfrozen): look at the residuals.
+            it is the same number. That was enough on perceptrons with tanh, and not with ReLU, where the derivative
+            jumps and the states do not come to rest, however many steps there are (results/unfrozen).
         order: "simultaneous" updates all vertices at once (the paper's text), "sequential" each from its
             children's new states, from the output towards the input (the authors' code), "asynchronous" in each step a
             random half of the vertices (drawn from PyTorch's CPU generator, so ``torch.manual_seed`` fixes it).

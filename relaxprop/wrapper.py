@@ -338,7 +338,7 @@ class ActivationRelaxation(Transparent):
     ) -> None:
         """What follows a relaxation phase, before the weight update."""
         settings = self.settings
-        if settings.check_finite and not in_float16([*graph.outputs, *(v.stand_in for v in graph.vertices)]):
+        if settings.check_finite:
             check_finite(graph, states, settings.solver)
         if settings.measure_residual:
             relaxation = replace(relaxation, residuals=_residuals(graph, states))

@@ -82,7 +82,7 @@ def squares(output: Tensor) -> Tensor:
 
 
 def gradients(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Tensor] = squares) -> Gradients:
-    """The gradients of all parameters, by the plain module's names, and of all inputs, after one backward pass."""
+    """The gradients of all parameters, by their names, and of all inputs, after one backward pass."""
     for parameter in model.parameters():
         parameter.grad = None
     arrived: list[Tensor] = []
@@ -97,7 +97,7 @@ def gradients(model: nn.Module, inputs: Sequence[Any], loss: Callable[[Any], Ten
     torch.manual_seed(2)
     backward(loss(model(*arguments)))
     found: Gradients = {f"input {i}": x.grad for i, x in enumerate(arrived)}
-    return found | {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return found | {name: p.grad for name, p in model.named_parameters()}
 
 
 def of_parameters(module: nn.Module) -> Gradients:

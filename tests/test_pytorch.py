@@ -255,6 +255,23 @@ def test_accumulated_hooks_are_those_that_were_registered() -> None:
     assert not _pytorch.accumulated_hooks(x)
 
 
+def test_every_hook_is_counted() -> None:
+    x, module, before = leaf(2), nn.Linear(2, 2), _pytorch.hooks_registered()
+    y = x.sin()
+    handles = [
+        x.register_hook(print),  # type: ignore[no-untyped-call]
+        y.register_hook(print),  # type: ignore[no-untyped-call]
+        get_gradient_edge(y).node.register_hook(print),
+        get_gradient_edge(y).node.register_prehook(print),
+        module.register_forward_hook(print),
+        module.register_full_backward_hook(print),
+    ]
+    assert _pytorch.hooks_registered() == before + len(handles)
+    for handle in handles:
+        handle.remove()
+    assert _pytorch.hooks_registered() == before + len(handles)
+
+
 def test_a_hook_on_what_accumulates_is_the_public_one() -> None:
     arrived: list[Tensor] = []
     for place in (_pytorch.hook_accumulated, Tensor.register_post_accumulate_grad_hook):

@@ -104,6 +104,24 @@ def test_the_number_of_steps_is_the_fewest_that_leave_rounding(depth: int, step_
         assert discrete_hops(depth, step_size, n - 1, order).remaining > ROUNDING
 
 
+@pytest.mark.parametrize("depth", [1, 3, 6])
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+def test_without_a_number_of_steps_smooth_activations_unfrozen_come_to_rest(depth: int, order: Order) -> None:
+    """The relaxation is nonlinear then, and no plan is exact. With tanh the states are at their own fixed point all the
+    same (results/unfrozen), and three times as many steps change no gradient."""
+    network, x = perceptron(depth, nn.Tanh), torch.rand(16, 64).double()
+    frozen = Frozen(relaxation_derivative=False)
+    model = ActivationRelaxation(network, solver=Euler(0.2, order=order), frozen=frozen, measure_residual=True)
+    found = gradients(model, (x,), mean_cross_entropy)
+    record = model.last_relaxation
+    assert record is not None
+    assert record.residuals is not None
+    assert max(record.residuals.values()) <= 1e-11
+    assert record.num_steps is not None
+    model.solver = Euler(0.2, 3 * record.num_steps, order=order)
+    assert_same_gradients(found, gradients(model, (x,), mean_cross_entropy))
+
+
 def test_the_record_says_how_many_steps_were_taken() -> None:
     model = ActivationRelaxation(mlp(4, 5, 5, 3), solver=Euler(0.5))
     backward(squares(model(torch.randn(2, 4))))

@@ -91,7 +91,7 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) 
             "(model.module) with vertices='modules' or 'activations'"
         )
     try:
-        with undisturbed(model), torch.enable_grad(), uncompiled():
+        with undisturbed(model), torch.enable_grad(), uncompiled:
             walk = Walk(model, inputs, kwargs)
             return Locality((*walk.states(), *walk.layers()), _schedule(model.settings.solver))
     except TypeError as error:  # an argument is missing

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from relaxprop import ActivationRelaxation, ClosedForm, Euler
 from relaxprop.solvers import Solver
+from tests import problems
+from tests.compare import largest_distance
 
 # Until converged on PyTorch's own graph, and on one that is cut at every vertex.
 EQUAL: dict[str, Solver] = {"default": ClosedForm(), "cut": ClosedForm(0.9, 400)}
@@ -28,8 +30,7 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Three layers, always the same."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = (nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-        return nn.Sequential(*layers).to(dtype)
+        return problems.mlp(6, 8, 8, 4).to(dtype)
 
 
 def samples(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -46,4 +47,4 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """The largest relative distance of two tensors of one name."""
     assert list(left) == list(right)
-    return max(float((left[k] - right[k]).norm() / (right[k].norm() + 1e-12)) for k in right)
+    return largest_distance(dict(left), dict(right))

@@ -25,6 +25,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from relaxprop.solvers import Solver
+from tests.compare import backward
 from tests.integrations.problem import EQUAL, OTHER, mlp, samples, wrapped
 
 SHARDS_ON_CPU = hasattr(torch.compiler, "is_exporting")  # from PyTorch 2.7 on
@@ -46,10 +47,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         assert p.grad is not None
         found[name] = (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
     return found
-
-
-def backward(loss: Tensor) -> None:
-    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def ddp(rank: int, solver: Solver) -> Found:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from relaxprop import ActivationRelaxation
 from relaxprop.solvers import Solver
+from tests.compare import backward
 from tests.integrations.problem import EQUAL, OTHER, ROUNDING, distance, mlp, samples, weights, wrapped
 
 accelerate = pytest.importorskip("accelerate")
@@ -64,7 +65,7 @@ def test_what_is_unwrapped_is_the_wrapper_and_relaxes(keep: bool, precision: str
     model = accelerator.unwrap_model(prepared_model, keep_fp32_wrapper=keep)
     assert isinstance(model, ActivationRelaxation)
     x, labels = samples(4)
-    functional.cross_entropy(model(x), labels).backward()  # type: ignore[no-untyped-call]
+    backward(functional.cross_entropy(model(x), labels))
     assert model.last_relaxation is not None
     assert model.last_relaxation.vertices == 2
     assert model.module(x).dtype == torch.float32  # the plain module is still plain

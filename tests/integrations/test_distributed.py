@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from relaxprop import ActivationRelaxation
 from relaxprop.solvers import Solver
+from tests.compare import backward
 from tests.integrations import ranks
 from tests.integrations.problem import EQUAL, distance, mlp, samples, wrapped
 
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected() -> dict[str, Tensor]:
     plain = mlp(torch.float64)
-    ranks.loss_of(plain).backward()  # type: ignore[no-untyped-call]
+    backward(ranks.loss_of(plain))
     return ranks.gradients(plain)
 
 

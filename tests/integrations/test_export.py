@@ -47,13 +47,14 @@ def test_trace_of_the_wrapper(solver: Solver) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("of", ["wrapper", "module"])
-def test_onnx(of: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamo", [True, False], ids=["by torch.export", "by tracing"])
+def test_onnx(dynamo: bool, of: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     model, (x, _) = wrapped(mlp(), EQUAL["cut"]), samples(4)
     model.eval()
     torch.onnx.export(
-        model if of == "wrapper" else model.module, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False
+        model if of == "wrapper" else model.module, (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False
     )
     kept = onnx.load(str(tmp_path / "model.onnx"))
     operators = [node.op_type for node in kept.graph.node]

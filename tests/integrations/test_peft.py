@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from relaxprop import ActivationRelaxation
 from relaxprop.solvers import Solver
+from tests.compare import backward
 from tests.integrations.problem import EQUAL, OTHER, ROUNDING, distance, mlp, samples, weights, wrapped
 from tests.integrations.test_trainer import gpt2
 
@@ -71,7 +72,7 @@ def trained(place: Any, name: str, solver: Solver | None) -> Any:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(3):
         optimizer.zero_grad()
-        loss_of(model, module).backward()  # type: ignore[no-untyped-call]
+        backward(loss_of(model, module))
         optimizer.step()
     return model
 
@@ -121,7 +122,7 @@ def test_with_gradient_checkpoints_the_embedding_is_made_to_require_grad(place: 
         module.train()
         model = place(module, solver, MODELS["GPT-2"][1])
         model.enable_input_require_grads()
-        loss_of(model, module).backward()  # type: ignore[no-untyped-call]
+        backward(loss_of(model, module))
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients(None)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from relaxprop import NonFiniteStateError
 from relaxprop.solvers import Solver
+from tests.compare import backward
 from tests.integrations.problem import EQUAL, OTHER, distance, mlp, samples, weights, wrapped
 
 
@@ -28,7 +29,7 @@ def scaled(solver: Solver | None, scale: float) -> tuple[dict[str, Tensor], floa
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16):
             loss = functional.cross_entropy(model(x), labels)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        backward(scaler.scale(loss))
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
@@ -61,7 +62,7 @@ def test_elsewhere_an_overflow_is_named(solver: Solver) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = functional.cross_entropy(model(x), labels)
         with pytest.raises(NonFiniteStateError):
-            (loss * torch.inf).backward()  # type: ignore[no-untyped-call]
+            backward(loss * torch.inf)
 
 
 def test_bfloat16_autocast_trains_as_with_the_plain_model() -> None:
@@ -72,7 +73,7 @@ def test_bfloat16_autocast_trains_as_with_the_plain_model() -> None:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
                 loss = functional.cross_entropy(model(x), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            backward(loss)
             optimizer.step()
         return weights(model)
 
@@ -93,7 +94,7 @@ def test_accumulated_parts_of_a_loss_give_the_gradient_of_the_whole(parts: int) 
         model = mlp(torch.float64) if solver is None else wrapped(mlp(torch.float64), solver)
         for mine in torch.arange(16).chunk(parts):
             loss = functional.cross_entropy(model(x[mine]), labels[mine])
-            (loss / parts).backward()  # type: ignore[no-untyped-call]
+            backward(loss / parts)
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients(None, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,8 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from relaxprop import Equilibrium
-from tests.right_or_refused.helper import Seen, all_solvers, all_vertices, right_or_refused, squares
+from relaxprop import ActivationRelaxation, Equilibrium
+from tests.right_or_refused.helper import (
+    Run,
+    Seen,
+    all_solvers,
+    all_vertices,
+    cutting_solvers,
+    right_or_refused,
+    squares,
+)
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 
@@ -418,6 +427,154 @@ def test_what_a_model_sees_flow_back(case: str, solver: Any, vertices: Any) -> N
     outcome = right_or_refused(make, [X], solver=solver, vertices=vertices, names=names, also=shown)
     if solver == Equilibrium():
         assert outcome == "right"
+
+
+class OnTheFirstLayer(Capturing):
+    """What no vertex is computed before is watched too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.first(x)
+        self.watch(u, "u")
+        output: Tensor = self.head(self.g(self.second(self.f(u))))
+        return output
+
+
+class OnTheInput(Capturing):
+    def forward(self, x: Tensor) -> Tensor:
+        self.register(x, "x")
+        output: Tensor = self.head(self.g(self.second(self.f(self.first(x)))))
+        return output
+
+
+class ScalingTheInput(Watched):
+    """A hook that changes an input's gradient is on the caller's own tensor, and so on its gradient alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x.register_hook(lambda g: 3 * g)  # type: ignore[no-untyped-call]
+        return super().forward(x)
+
+
+class OnAParameter(Capturing):
+    """A parameter's hook sees its gradient, once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        handle: Any = self.second.weight.register_hook(lambda g: self.note("weight", g))  # type: ignore[no-untyped-call]
+        self.watch = lambda x, name: None
+        output = super().forward(x)
+        self.handles = [*getattr(self, "handles", []), handle]
+        for old in self.handles[:-1]:
+            old.remove()
+        return output
+
+
+class InTrainingOnly(Capturing):
+    def register(self, x: Tensor, name: str) -> None:
+        if self.training:
+            super().register(x, name)
+
+
+class WhenAsked(Capturing):
+    """A pass looks where it is told to."""
+
+    def forward(self, x: Tensor, saliency: bool = False) -> Tensor:
+        self.watch = self.register if saliency else lambda x, name: None
+        return super().forward(x)
+
+
+def _twice(model: nn.Module, arguments: Sequence[Any]) -> Tensor:
+    """A pass whose result is only looked at, and one to train on."""
+    model(*arguments)
+    return squares(model(*arguments))
+
+
+def _after_a_refusal(model: nn.Module, arguments: Sequence[Any]) -> Tensor:
+    """A user who goes on after the error has the next pass refused too."""
+    with suppress(ValueError):
+        squares(model(*(x.detach() for x in arguments))).backward()  # type: ignore[no-untyped-call]
+    for part in (model, *model.parameters()):
+        if isinstance(part, nn.Parameter):
+            part.grad = None
+        elif isinstance(plain := getattr(part, "module", part), Watched):
+            plain.seen.clear()
+    return squares(model(*arguments))
+
+
+def _evaluated(model: nn.Module, arguments: Sequence[Any]) -> Tensor:
+    """A pass with gradients in evaluation, then one in training."""
+    model.eval()
+    model(*arguments)
+    model.train()
+    return squares(model(*arguments))
+
+
+def _asked(model: nn.Module, arguments: Sequence[Any]) -> Tensor:
+    model(*arguments)
+    return squares(model(*arguments, saliency=True))
+
+
+def _hooked_later(model: nn.Module, arguments: Sequence[Any]) -> Tensor:
+    """Grad-CAM on a model that has trained before: a forward hook puts a hook on what a layer has computed."""
+    squares(model(*(x.detach() for x in arguments))).backward()  # type: ignore[no-untyped-call]
+    plain: Any = getattr(model, "module", model)
+
+    def store(module: nn.Module, args: Any, output: Tensor) -> None:
+        output.register_hook(lambda g: plain.seen.update(g=g.detach().clone()))  # type: ignore[no-untyped-call]
+
+    plain.second.register_forward_hook(store)
+    return squares(model(*arguments))
+
+
+LATER: dict[str, tuple[Callable[[], nn.Module], Run]] = {
+    "after-one-not-differentiated": (Capturing, _twice),
+    "after-a-refusal": (Summing, _after_a_refusal),
+    "in-training-only": (InTrainingOnly, _evaluated),
+    "when-asked": (WhenAsked, _asked),
+    "hooked-later": (Watched, _hooked_later),
+    "first-layer": (OnTheFirstLayer, _twice),
+    "first-layer-after-a-refusal": (OnTheFirstLayer, _after_a_refusal),
+    "input": (OnTheInput, _twice),
+    "input-scaled": (ScalingTheInput, _twice),
+    "parameter": (OnAParameter, _twice),
+}
+
+
+@all_vertices
+@all_solvers
+@pytest.mark.parametrize("case", LATER)
+def test_what_a_model_sees_flow_back_in_a_later_pass(case: str, solver: Any, vertices: Any) -> None:
+    make, run = LATER[case]
+    names = (make.__name__, "second")
+    outcome = right_or_refused(make, [X], solver=solver, vertices=vertices, names=names, run=run, also=shown, passes=3)
+    if solver == Equilibrium() or case in ("input", "input-scaled", "parameter"):
+        assert outcome == "right"
+
+
+@cutting_solvers
+def test_a_hook_that_nobody_expects_is_told_of_and_refused_from_then_on(solver: Any) -> None:
+    """No argument, mode or hook says that this pass will look."""
+    net = Capturing().double()
+    net.watch = lambda x, name: None
+    model = ActivationRelaxation(net, solver=solver)
+    squares(model(X)).backward()  # type: ignore[no-untyped-call]
+    net.watch = lambda x, name: net.register(x, name) if name == "a" else None
+    with pytest.warns(UserWarning, match=r"a hook was registered while Capturing ran.* pass solver=Equilibrium\(\)"):
+        model(X)
+    with pytest.raises(ValueError, match=r"that Capturing puts on an activity.*Equilibrium\(\)"):
+        squares(model(X)).backward()  # type: ignore[no-untyped-call]
+
+
+@cutting_solvers
+def test_a_hook_on_a_vertex_is_refused_at_once(solver: Any) -> None:
+    net = Capturing().double()
+    net.watch = lambda x, name: None
+    model = ActivationRelaxation(net, solver=solver)
+    squares(model(X)).backward()  # type: ignore[no-untyped-call]
+    net.watch = lambda x, name: net.register(x, name) if name == "h" else None
+    with pytest.warns(UserWarning, match="a hook was registered while Capturing ran"):
+        loss = squares(model(X))
+    with pytest.raises(ValueError, match=r"that Capturing puts on an activity.*Equilibrium\(\)"):
+        loss.backward()  # type: ignore[no-untyped-call]
 
 
 @all_solvers

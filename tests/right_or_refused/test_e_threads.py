@@ -421,3 +421,44 @@ def test_the_plain_module_is_right_after_a_pass(solver: Any, vertices: Any) -> N
         backward(squares(ActivationRelaxation(net, solver=solver, vertices=vertices)(X)))
         assert_same(saliency_by_grad(net, X), expected)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@cutting_solvers
+@pytest.mark.parametrize("vertices", ["activations", "operations"])
+def test_overlapping_passes_leave_the_compiler_as_it_was(vertices: Any, solver: Any) -> None:
+    """A pass that is watched runs what is compiled as it was written, and the compiler knows one stance for all
+    threads: the pass that began first ends first here."""
+    began, ended = threading.Event(), threading.Event()
+    calls: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append("compiled")
+        return graph
+
+    def wait() -> None:
+        began.set()
+        assert ended.wait(60)
+
+    torch.compiler.reset()
+    torch.compile(lambda x: x + 1, backend=backend)(X)
+    first, second = build(), build()
+    models = [ActivationRelaxation(net, solver=solver, vertices=vertices) for net in (first, second)]
+    second.pause.in_thread = False
+    second.pause.meanwhile = wait
+    with ThreadPoolExecutor(1) as pool:
+
+        def start() -> None:
+            other = pool.submit(models[1], X)
+            assert began.wait(60)
+            waiting.append(other)
+
+        waiting: list[Any] = []
+        first.pause.in_thread = False
+        first.pause.meanwhile = start
+        models[0](X)
+        ended.set()
+        waiting[0].result(timeout=60)
+    before = len(calls)
+    assert torch.equal(torch.compile(lambda x: x - 1, backend=backend)(X), X - 1)
+    assert len(calls) == before + 1
+    torch.compiler.reset()

@@ -577,7 +577,7 @@ def test_a_result_in_an_object_is_right_or_named(
             return gradients(model, batch(), loss=loss)
         parameters = dict(model.named_parameters())
         found = torch.autograd.grad(loss(model(batch())), list(parameters.values()), allow_unused=True)
-        return {n.removeprefix("module."): g for n, g in zip(parameters, found, strict=True)}
+        return dict(zip(parameters, found, strict=True))
 
     exact = attempt(Returns(wrap))
     right_or_refused(lambda: attempt(ActivationRelaxation(Returns(wrap), **setting)), exact, name, "cortex", "motor")
@@ -857,7 +857,7 @@ def _backward(model: nn.Module, loss: Tensor) -> Found:
 def _grad(model: nn.Module, loss: Tensor) -> Found:
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return {n.removeprefix("module."): g for n, g in zip(parameters, found, strict=True)}
+    return dict(zip(parameters, found, strict=True))
 
 
 def _backward_inputs(model: nn.Module, loss: Tensor) -> Found:

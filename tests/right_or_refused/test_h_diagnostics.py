@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -352,15 +351,27 @@ def test_diagnostics_with_parametrize_cached(diagnostic: Callable[..., Any]) -> 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @every_diagnostic
-@pytest.mark.parametrize("hooks", [_norms, _saliency])
-def test_a_pass_after_a_diagnostic_is_right_beside_hooks(
-    diagnostic: Callable[..., Any], hooks: Callable[[nn.Module], Callable[[], Found]]
+@pytest.mark.parametrize(("hooks", "names"), [(_norms, ("cortex", "motor")), (_saliency, ("note",))])
+def test_a_diagnostic_beside_hooks(
+    diagnostic: Callable[..., Any], hooks: Callable[[nn.Module], Callable[[], Found]], names: tuple[str, ...]
 ) -> None:
-    """What hooks keep outside of the model is out of reach, so this asks for the gradients only. A diagnostic that cuts
-    the graph may refuse the hooks."""
+    """What takes products of a cut graph refuses the hooks that only look, and works while they are away; so does what
+    looks at a cut graph where a hook is on a module."""
     model = Net()
     hooks(model)
     wrapper = ActivationRelaxation(model, solver=Equilibrium())
-    with suppress(ValueError):
-        diagnostic(wrapper, batch())
+    refusing = {"convergence"} if hooks is _saliency else {"certificate", "convergence", "describe_locality"}
+    if diagnostic not in [DIAGNOSTICS[name] for name in refusing]:
+        assert diagnostic(wrapper, batch())
+    else:
+        with pytest.raises(ValueError, match="take it away while they run") as refused:
+            diagnostic(wrapper, batch())
+        check_refused(refused.value, *names)
+        kinds = ("_forward_hooks", "_backward_hooks")
+        away = [(m, kind, dict(getattr(m, kind))) for m in model.modules() for kind in kinds]
+        for module, kind, _ in away:
+            getattr(module, kind).clear()
+        assert diagnostic(wrapper, batch())
+        for module, kind, own in away:
+            getattr(module, kind).update(own)
     assert_same(gradients(wrapper, batch()), gradients(Net(), batch()))

@@ -33,7 +33,7 @@ def gradients(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] = sq
 
 
 def named_gradients(model: nn.Module) -> Found:
-    return {n.removeprefix("module."): None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
 
 def assert_same(found: Found, expected: Found) -> None:
