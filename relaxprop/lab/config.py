@@ -21,10 +21,14 @@ from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import Granularity
 from relaxprop.wrapper import check_together
 
+FORMAT = 1
+"""Raised whenever the same description comes to give other results."""
+
 PAPERS_STEPS = {"step_size": PAPER.step_size, "num_steps": PAPER.num_steps}
 Rule = Literal["ar", "backprop"]
 Loss = Literal["squared-error", "cross-entropy"]
 OptimizerName = Literal["sgd", "adam"]
+Precision = Literal["fp32", "bf16"]
 
 
 def default_solver(frozen: Frozen) -> str:
@@ -40,6 +44,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    format: int = Field(default=FORMAT, ge=1, le=FORMAT)  # of the code that computes it
     dataset: str = Field(default="digits", pattern=r"^[\w.-]+$")  # as `data.load` knows it
     data: str | None = None  # the data set's digest
     model: ModelName = "mlp"
@@ -51,7 +56,7 @@ class RunConfig(BaseModel):
     frozen: Frozen = Frozen()
     feedback: dict[Part, FeedbackRule] = Field(default_factory=dict)  # by part of the network, as `models.build`
     dropped: dict[Part, Dropped] = Field(default_factory=dict)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: int = Field(default=30, ge=1)
     signed_inputs: bool = False  # scaled to [−1, 1], not [0, 1]
     batch_size: int = Field(default=64, ge=1)
@@ -61,6 +66,8 @@ class RunConfig(BaseModel):
     learning_rate: float = Field(default=0.0005, gt=0, allow_inf_nan=False)
     convolutional_factor: float = Field(default=1, gt=0, allow_inf_nan=False)  # of the convolutions' learning rate
     alignment_every: int = Field(default=0, ge=0)  # minibatches from one `AlignmentSample` to the next; 0: never
+    precision: Precision = "fp32"  # of forward pass and relaxation; bf16 under autocast
+    threads: int = Field(default=1, ge=1)  # of the processor, in which order sums are taken depends on them
 
     @model_validator(mode="before")
     @classmethod
@@ -112,10 +119,12 @@ class RunConfig(BaseModel):
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
         added = (
             "feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every", "vertices", "loss",
-            "optimizer", "initial",
+            "optimizer", "initial", "precision", "threads",
         )  # fmt: skip
         fields = type(self).model_fields
         unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        if self.format == 1:  # whose descriptions had no number yet
+            unused.add("format")
         content = self.model_dump_json(exclude={"epochs", *unused})
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         return f"{self.dataset}-{self.model}-{self.rule}-seed{self.seed}-{digest}"

@@ -1,4 +1,4 @@
-"""Where results were computed: date, hardware and versions.
+"""Where results were computed: date, hardware, versions and commit.
 
 May import: nothing of this project.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """Date, hardware and versions, as they go with every result."""
+    """Date, hardware, versions and commit, as they go with every result."""
     packages = ("relaxprop", "torch", "numpy", "scipy")
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -27,7 +29,22 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
+        **_commit(),
     }
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    """The commit of the code, and whether the tree was clean; None where it is no checkout."""
+    here = Path(__file__).parents[1]
+    try:
+        commit, changed = (
+            subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", here])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "clean": None}
+    return {"commit": commit, "clean": not changed}
 
 
 def _processor() -> str:

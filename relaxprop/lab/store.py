@@ -5,43 +5,60 @@
                     locality.json          what every update reads, where the rule is Activation Relaxation
                     certificate.json       what the relaxation phase leaves of the initial state, by vertex
                     metrics.jsonl          a line per epoch
-                    checkpoint.safetensors the weights and the optimiser's state after the last epoch that is finished
+                    checkpoint….safetensors  the state after the last epochs (`checkpoint`)
+                    lock                   while a process computes the run: which one
 
 A run whose epochs are all there is finished, with or without its weights. So the records of many runs can be kept as
 one file, a line for each, without weights; `take_over` makes run directories of it again.
 
-Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
-
-May import: public names, lab.config, lab.environment, lab.results.
+May import: public names, lab.checkpoint, lab.config, lab.environment, lab.files, lab.results.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from relaxprop import (
     Locality,
 )
+from relaxprop.lab.checkpoint import (
+    LATEST,
+    Checkpoint,
+    finished_by,
+    kept_checkpoint,
+    metrics_lines,
+    read_metrics,
+    save_checkpoint,
+)
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.environment import environment
+from relaxprop.lab.files import OutputError, check_writable, remove_partial, write_atomically
 from relaxprop.lab.results import EpochMetrics, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
-_OPTIMIZER = "optimizer state: "  # before the names of the optimiser's tensors in a checkpoint
+_log = logging.getLogger(__name__)
 
 
-class OutputError(Exception):
-    """A folder or file for results cannot be written."""
+class Opened(NamedTuple):
+    """A run that this process computes: the epochs that are finished, and the state after them."""
+
+    metrics: list[EpochMetrics]
+    checkpoint: Checkpoint | None
 
 
 class Record:
@@ -51,50 +68,97 @@ class Record:
         self.config = config
         self.path = root / config.id
 
-    def open(self) -> list[EpochMetrics]:
-        """Creates or continues the directory; the metrics of the epochs that are finished.
+    @contextmanager
+    def opened(self) -> Iterator[Opened]:
+        """Creates or continues the directory, which is this process's own meanwhile: another one that computes the same
+        run is waited for, and that is logged.
 
         Raises:
-            OutputError: it cannot be written, or holds something else.
+            OutputError: if it cannot be written, or holds something else.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            finished = self.finished_epochs()
-            if len(finished) < self.config.epochs:
-                write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
-            if not (self.path / "environment.json").exists():
-                write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            return finished
-        except OSError as error:
-            raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self._locked())
+                remove_partial(self.path)
+                found = kept_checkpoint(self.path)
+                metrics = self._metrics(found and found.epoch, found and found.metrics, mend=True)
+                if len(metrics) < self.config.epochs:
+                    write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
+                if not (self.path / "environment.json").exists():
+                    write_atomically(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            except OSError as error:
+                raise OutputError(f"cannot write the run's folder {self.path}: {error.strerror or error}") from error
+            yield Opened(metrics, found)
 
-    def finished_epochs(self) -> list[EpochMetrics]:
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        path = self.path / "lock"
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning("run %s is computed by %s: waiting for it", self.config.id, _holder(path))
+            lock.acquire(poll_interval=0.2)
+        try:
+            path.write_text(f"process {os.getpid()} on {platform.node()} since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+            yield
+        finally:
+            with suppress(OSError):  # the folder may be gone
+                path.unlink()  # before it is released: whoever waits for it sees that it is another file's
+            lock.release()
+
+    def finished_epochs(self, *, verify: bool = True) -> list[EpochMetrics]:
         """The metrics of the epochs that are done: all of a finished run, else those whose weights are kept.
 
+        Args:
+            verify: whether to read the weights too, and go by the checkpoint before where they are damaged.
+
         Raises:
-            OutputError: the run is damaged.
+            OutputError: if the run is damaged or cannot be read.
         """
-        metrics, weights = self.path / "metrics.jsonl", self.path / "checkpoint.safetensors"
+        latest = self.path / LATEST
         try:
-            if not metrics.exists():
-                return []
-            lines = [EpochMetrics.model_validate_json(line) for line in metrics.read_text().splitlines()]
-            if not weights.exists():
-                return lines if len(lines) >= self.config.epochs else []
-            return lines[: _checkpoint_epoch(weights)]
+            if not verify and latest.exists():
+                return self._metrics(*finished_by(latest))
+            found = kept_checkpoint(self.path)
+            return self._metrics(found and found.epoch, found and found.metrics)
         except OSError as error:
             raise OutputError(f"cannot read the run in {self.path}: {error.strerror or error}") from error
-        except (ValueError, SafetensorError) as error:
-            raise OutputError(
-                f"the run in {self.path} is damaged ({str(error).splitlines()[0]}): delete that folder to compute it "
-                "again"
-            ) from error
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise OutputError(f"the run in {self.path} is damaged ({str(error).splitlines()[0]})") from error
+
+    def _metrics(
+        self, epoch: int | None, checked: list[EpochMetrics] | None, *, mend: bool = False
+    ) -> list[EpochMetrics]:
+        """Those of the finished epochs, by the checkpoint where there is one, and else by the run's own file."""
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = read_metrics(path.read_text(encoding="utf-8")) if path.exists() else []
+            if epoch is not None and len(lines) < epoch:
+                raise ValueError(f"the checkpoint is of epoch {epoch}, and the last line of epoch {len(lines)}")
+        except ValueError as error:
+            if checked is None:
+                raise OutputError(
+                    f"{path} is damaged ({str(error).splitlines()[0]}): delete the folder {self.path} to compute the "
+                    "run again"
+                ) from error
+            lines = []
+        if epoch is None:
+            return lines if len(lines) >= self.config.epochs else []
+        if checked is None:
+            return lines[:epoch]
+        if metrics_lines(lines[:epoch]) != metrics_lines(checked):
+            _log.warning("%s is damaged, or was edited: the metrics in the run's checkpoint hold", path)
+            if mend:
+                write_atomically(path, metrics_lines(checked))
+        return checked
 
     def environment(self) -> dict[str, Any]:
         """Where the run was computed.
 
         Raises:
-            OutputError: it is not there.
+            OutputError: if it is not there.
         """
         try:
             found: dict[str, Any] = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
@@ -110,36 +174,33 @@ class Record:
             text = _CERTIFICATE.dump_json(certificate, indent=2).decode() + "\n"
             write_atomically(self.path / "certificate.json", text)
 
-    def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """The weights and the optimiser's state after the last finished epoch."""
-        tensors = load_file(self.path / "checkpoint.safetensors")
-        weights: dict[str, Tensor] = {}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            if key.startswith(_OPTIMIZER):
-                index, name = key.removeprefix(_OPTIMIZER).split(".")
-                state.setdefault(int(index), {})[name] = tensor
-            else:
-                weights[key] = tensor
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
     def save(self, metrics: list[EpochMetrics], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps a finished epoch."""
-        try:
-            write_atomically(self.path / "metrics.jsonl", _metrics_lines(metrics))
-            # Last: an epoch counts as finished only once its weights are there.
-            partial = self.path / "checkpoint.safetensors.partial"
-            state = optimizer.state_dict()["state"]
-            tensors = model.state_dict() | {
-                f"{_OPTIMIZER}{index}.{name}": x for index, own in state.items() for name, x in own.items()
-            }
-            # Copies, since safetensors refuses what shares memory, as tied weights do.
-            copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-            save_file(copies, partial, metadata={"epoch": str(len(metrics))})
-            partial.replace(self.path / "checkpoint.safetensors")
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
+        """Keeps a finished epoch.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        write_atomically(self.path / "metrics.jsonl", metrics_lines(metrics))
+        # Last: an epoch counts as finished only once its weights are there.
+        save_checkpoint(self.path, metrics, model, optimizer)
+
+    def keep_finished(self, where: dict[str, Any], metrics: Sequence[EpochMetrics]) -> None:
+        """Keeps a finished run that was computed elsewhere, without weights.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        check_writable(self.path)
+        write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(where, indent=2) + "\n")
+        write_atomically(self.path / "metrics.jsonl", metrics_lines(metrics))
+
+
+def _holder(lock: Path) -> str:
+    try:
+        return lock.read_text() or "another process"
+    except OSError:
+        return "another process"
 
 
 def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
@@ -173,18 +234,11 @@ def take_over(path: Path, root: Path) -> list[str]:
         record = Record(config, root)
         if len(record.finished_epochs()) >= config.epochs:
             continue
-        if (record.path / "checkpoint.safetensors").exists():
+        if (record.path / LATEST).exists():
             raise OutputError(f"{record.path} holds an unfinished run with weights: name another folder by --runs")
-        check_writable(record.path)
-        write_atomically(record.path / "config.json", config.model_dump_json(indent=2) + "\n")
-        write_atomically(record.path / "environment.json", json.dumps(line.environment, indent=2) + "\n")
-        write_atomically(record.path / "metrics.jsonl", _metrics_lines(line.metrics))
+        record.keep_finished(line.environment, line.metrics)
         taken.append(line.id)
     return taken
-
-
-def _metrics_lines(metrics: Sequence[EpochMetrics]) -> str:
-    return "".join(line.model_dump_json(exclude_defaults=True) + "\n" for line in metrics)
 
 
 class KeptRun(NamedTuple):
@@ -210,7 +264,7 @@ def read_run(path: Path) -> KeptRun:
         return KeptRun(
             config,
             json.loads((path / "environment.json").read_text()),
-            record.finished_epochs(),
+            record.finished_epochs(verify=False),
             _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
             _CERTIFICATE.validate_json(kept.read_text()) if (kept := path / "certificate.json").exists() else None,
         )
@@ -220,38 +274,3 @@ def read_run(path: Path) -> KeptRun:
         raise OutputError(f"no run in {path}: {Path(error.filename).name} is missing{others}") from error
     except ValueError as error:
         raise OutputError(f"the run in {path} is damaged ({str(error).splitlines()[0]})") from error
-
-
-def _checkpoint_epoch(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["epoch"])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either whole or not there.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder for results before anything is computed.
-
-    Raises:
-        OutputError: it cannot be created or written to.
-    """
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write to the folder {folder} ({error.strerror or error}): name another") from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from relaxprop.lab import models
 from relaxprop.lab.config import Loss, OptimizerName, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.results import AlignmentSample, EpochMetrics
-from relaxprop.lab.store import Record
+from relaxprop.lab.store import Opened, Record
 
 OnEpoch = Callable[[EpochMetrics], None]
 
@@ -43,7 +43,6 @@ def expected_transients() -> Iterator[None]:
         yield
 
 
-@expected_transients()
 def train(
     config: RunConfig,
     dataset: Dataset,
@@ -53,19 +52,40 @@ def train(
     check_finite: bool = True,
     on_epoch: OnEpoch | None = None,
 ) -> list[EpochMetrics]:
-    """Trains a network as described and returns the metrics of every epoch.
+    """Trains a network as described and returns the metrics of every epoch; see `epochs`.
+
+    Args:
+        on_epoch: called after every epoch that is computed.
+    """
+    found = []
+    with closing(epochs(config, dataset, root=root, device=device, check_finite=check_finite)) as run:
+        for metrics, computed in run:
+            found.append(metrics)
+            if computed and on_epoch is not None:
+                on_epoch(metrics)
+    return found
+
+
+def epochs(
+    config: RunConfig,
+    dataset: Dataset,
+    *,
+    root: Path | None = None,
+    device: torch.device | str = "cpu",
+    check_finite: bool = True,
+) -> Generator[tuple[EpochMetrics, bool]]:
+    """Trains a network as described, epoch by epoch: the metrics, and whether they were computed now.
 
     Args:
         root: folder of run directories. A run that is finished there is not computed again, and one that was
             interrupted continues to the same metrics as if it had not been. None keeps nothing.
         check_finite: whether a relaxation that diverges is an error, or, as in backpropagation, a bad result.
-        on_epoch: called after every epoch that is computed.
 
     Raises:
-        DataError: all minibatches are left out.
-        ModelError: the network or the loss does not fit the data, or there is no such part.
-        OutputError: the run's folder cannot be written.
-        NonFiniteStateError: the relaxation diverged; the epochs before it are kept.
+        DataError: if all minibatches are left out.
+        ModelError: if the network or the loss does not fit the data, or there is no such part.
+        OutputError: if the run's folder cannot be written, or is damaged.
+        NonFiniteStateError: if the relaxation diverged; the epochs before it are kept.
     """
     if not min(kept_samples(len(split), config) for split in (dataset.train, dataset.test)):
         raise DataError(
@@ -73,7 +93,8 @@ def train(
         )
     record = Record(config, root) if root is not None else None
     if record is not None and len(finished := record.finished_epochs()) >= config.epochs:
-        return finished[: config.epochs]
+        yield from ((metrics, False) for metrics in finished[: config.epochs])
+        return
     if not dataset.is_images and config.loss == "squared-error":
         raise models.ModelError(
             f"{dataset.name} has a label at every place of a text: train it with --loss cross-entropy"
@@ -81,44 +102,60 @@ def train(
     if config.signed_inputs:
         dataset = dataset.signed()
     model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
-    metrics = record.open() if record is not None else []
-    model.to(device)
     optimizer = OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
-    if record is not None and metrics:
-        record.load_state(model, optimizer)
-    dataset = dataset.to(device, models.memory_format(config.model))
-    trained: nn.Module = model
-    if config.rule == "ar":
-        trained = wrapped = ActivationRelaxation(
-            model,
-            solver=config.build_solver(),
-            vertices=config.vertices,
-            initial=config.initial,
-            frozen=config.frozen,
-            check_finite=check_finite,
-        )
-        if record is not None:
-            few = dataset.train.images[:2]
-            record.save_reports(
-                describe_locality(wrapped, few) if config.vertices != "operations" else None,
-                certificate(wrapped, few) if config.frozen.relaxation_derivative else None,
+    with _threads(config.threads), nullcontext(Opened([], None)) if record is None else record.opened() as opened:
+        model.to(device)
+        if opened.checkpoint is not None:
+            opened.checkpoint.load_into(model, optimizer)
+        dataset = dataset.to(device, models.memory_format(config.model))
+        trained: nn.Module = model
+        if config.rule == "ar":
+            trained = wrapped = ActivationRelaxation(
+                model,
+                solver=config.build_solver(),
+                vertices=config.vertices,
+                initial=config.initial,
+                frozen=config.frozen,
+                check_finite=check_finite,
             )
-    rows = kept_samples(len(dataset.test), config)
-    test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
-    for epoch in range(len(metrics) + 1, config.epochs + 1):
-        samples: list[AlignmentSample] = []
-        start = time.perf_counter()
-        loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append)
-        seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
-        correct = accuracy(model, test)
-        metrics.append(
-            EpochMetrics(epoch=epoch, train_loss=loss, test_accuracy=correct, seconds=seconds, alignment=tuple(samples))
-        )
-        if record is not None:
-            record.save(metrics, model, optimizer)
-        if on_epoch is not None:
-            on_epoch(metrics[-1])
-    return metrics
+            if record is not None:
+                few = dataset.train.images[:2]
+                record.save_reports(
+                    describe_locality(wrapped, few) if config.vertices != "operations" else None,
+                    certificate(wrapped, few) if config.frozen.relaxation_derivative else None,
+                )
+        found = list(opened.metrics)
+        yield from ((metrics, False) for metrics in found[: config.epochs])
+        rows = kept_samples(len(dataset.test), config)
+        test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
+        for epoch in range(len(found) + 1, config.epochs + 1):
+            samples: list[AlignmentSample] = []
+            start = time.perf_counter()
+            with expected_transients():
+                loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append)
+            seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
+            metrics = EpochMetrics(
+                epoch=epoch,
+                train_loss=loss,
+                test_accuracy=accuracy(model, test),
+                seconds=seconds,
+                alignment=tuple(samples),
+            )
+            found.append(metrics)
+            if record is not None:
+                record.save(found, model, optimizer)
+            yield metrics, True
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Within it, PyTorch computes by so many threads: the order in which it takes sums depends on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from relaxprop.lab import data
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import RunLine
-from relaxprop.lab.store import OutputError, read_run, take_over, write_lines
+from relaxprop.lab.store import read_run, take_over, write_lines
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The command line: its commands, and how errors end it.
 
 May import: public names, lab.cli.measure, lab.cli.options, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data,
-lab.models, lab.store.
+lab.models, lab.files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from relaxprop.lab.cli.reproduce import reproduce
 from relaxprop.lab.cli.runs import show, take_over
 from relaxprop.lab.cli.train import train
 from relaxprop.lab.data import DataError
+from relaxprop.lab.files import OutputError
 from relaxprop.lab.models import ModelError
-from relaxprop.lab.store import OutputError
 
 __all__ = ["COMMANDS", "app", "main"]
 

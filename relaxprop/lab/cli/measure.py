@@ -1,7 +1,7 @@
 """Measure convergence, gradients, and costs.
 
 May import: transients, lab.architectures, lab.bench, lab.cli.options, lab.experiments.convergence,
-lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.store.
+lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from relaxprop.lab.experiments.gradients import (
     write_asynchronous,
     write_comparisons,
 )
-from relaxprop.lab.store import check_writable, write_atomically
+from relaxprop.lab.files import check_writable, write_atomically
 from relaxprop.transients import Order, check_step_size
 
 

@@ -1,6 +1,6 @@
 """What the commands share: options, and strings that become objects.
 
-May import: lab.data, lab.models, lab.store.
+May import: lab.data, lab.models, lab.files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from rich.table import Table
 
 from relaxprop.lab import data
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Dataset
+from relaxprop.lab.files import check_writable
 from relaxprop.lab.models import ModelName, PapersModel
-from relaxprop.lab.store import check_writable
 
 app = typer.Typer(
     help="Train networks by Activation Relaxation, and see it beside backpropagation (arXiv 2010.06219).",

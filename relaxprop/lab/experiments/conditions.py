@@ -1,7 +1,7 @@
 """An experiment: conditions side by side, from the same start and on the same minibatches; its runs, table and figures.
 
-May import: feedback, frozen, public names, lab.config, lab.data, lab.environment, lab.models, lab.report.plots,
-lab.report.tables, lab.results, lab.stats, lab.store.
+May import: feedback, frozen, public names, lab.config, lab.data, lab.environment, lab.files, lab.models,
+lab.report.plots, lab.report.tables, lab.results, lab.stats, lab.store.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab.config import Rule, RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.environment import environment
+from relaxprop.lab.files import write_atomically
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.lab.report import plots
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import AlignmentCurve, AlignmentCurves, AlignmentSample, EpochMetrics, FinishedRun, RunLine
 from relaxprop.lab.stats import MARGIN, Claim, Mean, mean_over_seeds, verdict
-from relaxprop.lab.store import write_atomically, write_lines
+from relaxprop.lab.store import write_lines
 
 
 @dataclass(frozen=True)

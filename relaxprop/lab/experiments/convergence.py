@@ -1,6 +1,6 @@
 """How fast the relaxation phase reaches backpropagation's gradient, by step size.
 
-May import: public names, transients, lab.data, lab.environment, lab.models, lab.report.plots, lab.store,
+May import: public names, transients, lab.data, lab.environment, lab.models, lab.report.plots, lab.files,
 lab.training.
 """
 
@@ -24,9 +24,9 @@ from relaxprop import (
 from relaxprop.lab import models
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.environment import environment
+from relaxprop.lab.files import write_atomically
 from relaxprop.lab.models import PapersModel
 from relaxprop.lab.report import plots
-from relaxprop.lab.store import write_atomically
 from relaxprop.lab.training import squared_error
 from relaxprop.transients import Order
 

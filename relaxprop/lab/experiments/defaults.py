@@ -5,7 +5,7 @@ the end. The default is measured twice: as its user has it, and on the cut graph
 vertex really relaxes.
 
 May import: public names, lab.config, lab.data, lab.environment, lab.models, lab.report.tables, lab.results,
-lab.store, lab.training.
+lab.files, lab.training.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from relaxprop.lab import models
 from relaxprop.lab.config import OptimizerName
 from relaxprop.lab.data import Dataset, load
 from relaxprop.lab.environment import environment
+from relaxprop.lab.files import write_atomically
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import LastLoss, Reduction
-from relaxprop.lab.store import write_atomically
 from relaxprop.lab.training import expected_transients
 
 DEPTHS = (1, 2, 3, 6, 12)

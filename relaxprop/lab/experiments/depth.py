@@ -1,7 +1,7 @@
 """What each solver costs on deeper and deeper networks.
 
 May import: public names, solvers, lab.architectures, lab.bench, lab.environment, lab.experiments.gradients,
-lab.report.plots, lab.report.tables, lab.results, lab.store.
+lab.report.plots, lab.report.tables, lab.results, lab.files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from relaxprop.lab.architectures import Problem
 from relaxprop.lab.bench import BASELINE, interleaved, ratio
 from relaxprop.lab.environment import environment
 from relaxprop.lab.experiments.gradients import STEP_SIZE, gradient_step
+from relaxprop.lab.files import write_atomically
 from relaxprop.lab.report import plots
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import DepthCost
-from relaxprop.lab.store import write_atomically
 from relaxprop.solvers import Solver
 
 DEPTHS = (4, 10, 20, 50, 100, 200)

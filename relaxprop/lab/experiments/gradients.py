@@ -1,7 +1,7 @@
 """Appendix A on real models: the gradients of every architecture, without a global clock too.
 
 May import: public names, recording, solvers, transients, lab.architectures, lab.bench, lab.environment,
-lab.report.plots, lab.report.tables, lab.results, lab.store.
+lab.report.plots, lab.report.tables, lab.results, lab.files.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from relaxprop import (
 from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
 from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
 from relaxprop.lab.environment import environment
+from relaxprop.lab.files import write_atomically
 from relaxprop.lab.report import plots
 from relaxprop.lab.report.tables import NamedTable, markdown_table
 from relaxprop.lab.results import Asynchronous, Comparison
-from relaxprop.lab.store import write_atomically
 from relaxprop.recording import record
 from relaxprop.solvers import Solver
 from relaxprop.transients import UPDATE_PROBABILITY
