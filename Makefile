@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip with the constraints file, for what is installed and for what builds the project: every version stands there.
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-integrations test-torch clean
+.PHONY: demo test test-cluster test-crash test-integrations test-torch clean
 
 demo: $(VENV)/lab
 	$(BIN)/relaxprop reproduce demo
@@ -19,6 +19,15 @@ test: $(VENV)/test
 # The tools that the wrapper is tried in, a part of the tests above. The outcome is kept under results/works-with.
 test-integrations: $(VENV)/test
 	$(BIN)/pytest tests/integrations tests/test_transparent.py --outcome=results/works-with/outcome.json
+
+# The engine on a Ray cluster that the tests start on this machine.
+test-cluster: $(VENV)/test
+	$(PIP) --editable '.[cluster]'
+	$(BIN)/pytest tests/lab/test_cluster.py
+
+# A grid on two workers, killed 50 times. The outcome is kept under results/crash.
+test-crash: $(VENV)/test
+	$(BIN)/python results/crash/kill.py --kills 50 --out results/crash/outcome.json
 
 # The library's tests on another version of PyTorch, in an environment of its own:  make test-torch TORCH=2.7.1
 # The outcome is kept under results/torch-versions. An environment takes 6 GB: delete it afterwards.

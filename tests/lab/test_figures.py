@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 from relaxprop.lab import data, stats
 from relaxprop.lab.config import RunConfig
-from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.experiments import conditions, convergence, paper
 from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun
 
@@ -234,16 +234,6 @@ def test_a_condition_that_diverges_is_a_result(tmp_path: Path) -> None:
     (run,) = run_all([config], data.load("digits"), root=tmp_path)
     assert math.isnan(run.metrics[0].train_loss)
     assert run.metrics[0].test_accuracy < 0.2
-
-
-def test_the_engine_counts_every_epoch_once(tmp_path: Path) -> None:
-    planned = conditions.condition_runs(DEMO, "digits", seeds=1, epochs=2)
-    configs, digits = [config for name, config in planned if name in ("baseline", "backprop")], data.load("digits")
-    for _ in range(2):
-        counted: list[int] = []
-        finished = run_all(configs, digits, root=tmp_path, on_epoch=counted.append)
-        assert sum(counted) == 4
-        assert [run.config for run in finished] == configs
 
 
 def test_convergence_is_as_predicted_for_every_step_size() -> None:

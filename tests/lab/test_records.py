@@ -10,7 +10,8 @@ import pytest
 from relaxprop.lab import data
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset, Split
-from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.engines.grid import run_all
+from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import RunLine
 from relaxprop.lab.store import read_run, take_over, write_lines
@@ -39,10 +40,10 @@ def test_runs_are_taken_over_and_not_computed_again(digits: Dataset, tmp_path: P
     taken = take_over(tmp_path / "runs.jsonl", there)
     assert sorted(taken) == sorted(path.name for path in (tmp_path / "computed").iterdir())
     assert take_over(tmp_path / "runs.jsonl", there) == []
-    computed: list[int] = []
+    told: list[Event] = []
     configs = [read_run(tmp_path / "computed" / id).config for id in taken]
-    again = run_all(configs, digits, root=there, on_epoch=computed.append)
-    assert computed == [2, 2]  # told at once for each run: its epochs were there
+    again = run_all(configs, digits, root=there, on_event=told.append)
+    assert [event.computed for event in told if isinstance(event, EpochDone)] == [False] * 4
     for run in again:
         kept = read_run(tmp_path / "computed" / run.config.id)
         assert (run.metrics, run.environment) == (kept.metrics, kept.environment)

@@ -22,6 +22,7 @@ from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.store import Record, read_run
 from relaxprop.lab.training import accuracy, minibatches, train
 from relaxprop.solvers import ClosedForm, Euler
+from tests.lab.problem import few_digits, learning
 
 
 def small(epochs: int = 3, **options: object) -> RunConfig:
@@ -30,17 +31,11 @@ def small(epochs: int = 3, **options: object) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    whole = data.load("digits")
-    train = Split(whole.train.images[:320], whole.train.labels[:320])
-    return Dataset("digits", whole.classes, train, whole.test)
+    return few_digits()
 
 
 class StopHereError(Exception):
     pass
-
-
-def learning(metrics: list[EpochMetrics]) -> list[tuple[float, float]]:
-    return [(m.train_loss, m.test_accuracy) for m in metrics]
 
 
 def test_the_loop_is_the_papers(digits: Dataset) -> None:

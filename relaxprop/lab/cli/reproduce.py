@@ -1,7 +1,7 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.options, lab.data, lab.engines.serial, lab.experiments.conditions, lab.experiments.convergence,
-lab.experiments.paper.
+May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data, lab.engines.grid, lab.engines.work,
+lab.experiments.conditions, lab.experiments.convergence, lab.experiments.paper.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, ThreadsOption, WorkersOption, find_engine
 from relaxprop.lab.cli.options import (
     DATA_HELP,
     AlignmentOption,
@@ -24,13 +25,14 @@ from relaxprop.lab.cli.options import (
     load_dataset,
     print_paths,
     print_table,
-    progress_bar,
     says_what_is_kept,
     this_command,
     usage_errors,
 )
+from relaxprop.lab.cli.progress import GridProgress
 from relaxprop.lab.data import Dataset
-from relaxprop.lab.engines.serial import run_all
+from relaxprop.lab.engines.grid import run_all
+from relaxprop.lab.engines.work import Engine
 from relaxprop.lab.experiments.conditions import CLAIM, NOTES, RESULT, condition_runs, table, write_conditions
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
@@ -64,11 +66,18 @@ def reproduce(
         Path | None, typer.Option(help="Folder for the table and the figures. (default: figures/FIGURE-DATASET)")
     ] = None,
     device: DeviceOption = "cpu",
+    workers: WorkersOption = None,
+    threads: ThreadsOption = 1,
+    engine: EngineOption = "processes",
+    address: AddressOption = None,
+    gpus: GpusOption = None,
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures.
 
     Backpropagation, Activation Relaxation, and Activation Relaxation under each of the experiment's conditions.
     """
+    find_device(device)
+    chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
     experiment = EXPERIMENTS[figure]
     names = [dataset] if dataset else list(experiment.conditions)
     for name in names:
@@ -81,8 +90,9 @@ def reproduce(
     loaded = {name: load_dataset(name, data_dir, runs, folder) for name, folder in folders.items()}
     for name, folder in folders.items():
         _reproduce(
-            figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device
-        )
+            figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device,
+            threads, chosen,
+        )  # fmt: skip
 
 
 def _reproduce(
@@ -96,12 +106,14 @@ def _reproduce(
     runs: Path,
     folder: Path,
     device: str,
+    threads: int,
+    engine: Engine,
 ) -> None:
     """A figure on one data set."""
     experiment = EXPERIMENTS[figure]
     if as_coded:
         experiment = replace(experiment, title=f"{experiment.title}, as coded")
-    epochs, on_device = epochs or experiment.epochs, find_device(device)
+    epochs = epochs or experiment.epochs
     planned = condition_runs(
         experiment,
         loaded.name,
@@ -112,19 +124,12 @@ def _reproduce(
         only=only,
         alignment_every=alignment_every,
     )
-    names, configs = zip(*planned, strict=True)
-    labels = {config.id: condition for condition, config in planned}
+    names = [name for name, _ in planned]
+    configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
+    labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
-    with says_what_is_kept(kept), progress_bar() as progress:
-        task = progress.add_task("", total=epochs * len(configs))
-        results = run_all(
-            configs,
-            loaded,
-            root=runs,
-            device=on_device,
-            on_start=lambda c: progress.update(task, description=f"{labels[c.id]}, seed {c.seed}"),
-            on_epoch=lambda n: progress.advance(task, n),
-        )
+    with says_what_is_kept(kept), GridProgress(configs, labels) as progress:
+        results = run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=progress)
     rows, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
     if figure == "demo":
         curves = convergence_by_step_size(loaded)

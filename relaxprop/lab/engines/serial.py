@@ -1,51 +1,17 @@
-"""Runs a list of run descriptions, one after the other; what is finished on disk is not computed again.
+"""An engine: one run after the other, in this process.
 
-May import: lab.config, lab.data, lab.environment, lab.results, lab.store, lab.training.
+May import: lab.data, lab.engines.work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Generator, Sequence
 
-import torch
-
-from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
-from relaxprop.lab.environment import environment
-from relaxprop.lab.results import EpochMetrics, FinishedRun
-from relaxprop.lab.store import Record
-from relaxprop.lab.training import train
+from relaxprop.lab.engines.work import Event, Job, compute
 
 
-def run_all(
-    configs: Sequence[RunConfig],
-    dataset: Dataset,
-    *,
-    root: Path | None,
-    device: torch.device | str = "cpu",
-    on_start: Callable[[RunConfig], None] = lambda config: None,
-    on_epoch: Callable[[int], None] = lambda epochs: None,
-) -> list[FinishedRun]:
-    """The metrics of every run.
-
-    Args:
-        root: folder of run directories; None keeps nothing.
-        on_start: called before each run.
-        on_epoch: called with the number of epochs that have come to be finished since the last call.
-    """
-    finished = []
-    for config in configs:
-        on_start(config)
-        computed: list[EpochMetrics] = []
-
-        def epoch_done(metrics: EpochMetrics, computed: list[EpochMetrics] = computed) -> None:
-            computed.append(metrics)
-            on_epoch(1)
-
-        # A condition that diverges is a result like any other.
-        metrics = train(config, dataset, root=root, device=device, check_finite=False, on_epoch=epoch_done)
-        where = environment() if root is None else Record(config, root).environment()
-        finished.append(FinishedRun(config, metrics, where))
-        on_epoch(config.epochs - len(computed))  # those that were finished before
-    return finished
+def serial(jobs: Sequence[Job], dataset: Dataset) -> Generator[Event]:
+    """The events of all jobs, in their order."""
+    for job in jobs:
+        yield from compute(job, dataset)

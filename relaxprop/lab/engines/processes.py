@@ -1,0 +1,134 @@
+"""An engine: runs side by side, in processes of this machine.
+
+Each worker is a fresh Python process with the data set in memory that all of them share, and gets one job after the
+other. A worker that dies is replaced, and its run goes on from its checkpoint.
+
+May import: lab.data, lab.engines.work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch.multiprocessing
+
+from relaxprop.lab.data import Dataset
+from relaxprop.lab.engines.work import Event, Job, Said, compute, died
+
+_SPAWN = torch.multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
+
+
+def processors() -> int:
+    """How many of the machine's processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(threads: int = 1) -> int:
+    """One for every two processors, or for as many as a run has threads: a processor often is half a core."""
+    return max(1, processors() // max(2, threads))
+
+
+def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generator[Event]:
+    """The events of all jobs, as they happen.
+
+    Args:
+        workers: how many processes, ≥ 1.
+    """
+    waiting = deque(jobs)
+    attempts = dict.fromkeys([job.config.id for job in jobs], 0)
+    staff: dict[Connection, _Worker] = {}
+    try:
+        while waiting or staff:
+            while waiting and len(staff) < workers:
+                worker = _Worker(dataset)
+                staff[worker.connection] = worker
+                worker.give(waiting.popleft())
+            for connection in wait(list(staff)):
+                worker = staff[connection]  # type: ignore[index]
+                try:
+                    event: Event | None = worker.connection.recv()
+                except (EOFError, OSError):
+                    del staff[worker.connection]
+                    job = worker.job
+                    attempts[job.config.id] += 1
+                    told = died(attempts[job.config.id], job, worker.end())
+                    if isinstance(told, Said):
+                        waiting.appendleft(job)
+                    yield told
+                    continue
+                if event is not None:
+                    yield event
+                elif waiting:
+                    worker.give(waiting.popleft())
+                else:
+                    del staff[worker.connection]
+                    worker.stop()
+    finally:
+        for worker in staff.values():
+            worker.stop(at_once=True)
+
+
+class _Worker:
+    """A process, seen from the one that started it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.connection, theirs = _SPAWN.Pipe()
+        self.process: BaseProcess = _SPAWN.Process(target=_work, args=(theirs, dataset), daemon=True)
+        # Ctrl-C goes to all processes of a terminal. Who started the workers answers it, and ends them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+        self.job: Job
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        with suppress(OSError):  # of a worker that has died, which the next look at it shows
+            self.connection.send(job)
+
+    def stop(self, *, at_once: bool = False) -> None:
+        if at_once:
+            self.process.terminate()
+        self.connection.close()
+        self.end()
+
+    def end(self) -> str:
+        """How the process has ended."""
+        self.process.join(10)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        code = self.process.exitcode or 0
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _work(connection: Connection, dataset: Dataset) -> None:
+    """What a worker does: jobs, until nobody is there any more. None says that one is done."""
+    logger = logging.getLogger("relaxprop")
+    logger.addHandler(_Teller(connection))
+    logger.propagate = False
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            for event in compute(connection.recv(), dataset):
+                connection.send(event)
+            connection.send(None)
+
+
+class _Teller(logging.Handler):
+    """Sends what is logged."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.connection.send(Said(record.getMessage()))
