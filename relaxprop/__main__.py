@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 INSTALL = "pip install 'relaxprop[lab]'"
@@ -18,6 +19,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who was reading has seen enough, as in  relaxprop runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains on its way out
+        sys.exit(141)
 
 
 def _without(package: str, arguments: list[str]) -> None:

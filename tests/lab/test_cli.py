@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import shutil
 import signal
@@ -18,7 +20,11 @@ from relaxprop.lab.cli import reproduce
 from relaxprop.lab.cli.main import COMMANDS as FUNCTIONS
 from relaxprop.lab.cli.main import main
 from relaxprop.lab.cli.options import app
+from relaxprop.lab.config import RunConfig
+from relaxprop.lab.engines.grid import GridError
 from relaxprop.lab.experiments import convergence, paper
+from relaxprop.lab.experiments.conditions import condition_runs
+from relaxprop.lab.experiments.paper import EXPERIMENTS
 
 COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
 
@@ -66,16 +72,16 @@ def test_help_and_version() -> None:
         (("train", "--rule", "hebb"), ("'--rule'", "hebb", "ar", "backprop")),
         (("train", "--solver", "magic"), ("'--solver'", "closed-form", "euler", "continuous", "equilibrium")),
         (("train", "--order", "random"), ("'--order'", "simultaneous", "sequential", "asynchronous")),
-        (("train", "--step-size", "2"), ("--step-size", "step_size must be in (0, 2)", "got 2.0")),
+        (("train", "--step-size", "2"), ("--step-size", "--step-size must be in (0, 2)", "got 2.0")),
         (("train", "--order", "asynchronous"), ("--order", "'simultaneous', 'sequential'", "'asynchronous'")),
         (("train", "--rule", "backprop", "--solver", "euler"), ("--solver", "no effect", "backprop")),
         (("bench", "--json", "/"), ("--json", "is a folder")),
-        (("train", "--num-steps", "0"), ("num_steps must be at least 1, got 0",)),
+        (("train", "--num-steps", "0"), ("--num-steps must be at least 1, got 0",)),
         (("train", "--num-steps", "many"), ("'--num-steps'", "valid integer")),
         (("train", "--solver", "equilibrium", "--step-size", "0.5"), ("--step-size", "no effect", "equilibrium")),
         (("train", "--rule", "backprop", "--num-steps", "9"), ("--num-steps", "no effect", "backprop")),
         (("train", "--epochs", "0"), ("--epochs", "greater than or equal to 1, got 0")),
-        (("train", "--seed", "-1"), ("--seed", "greater than or equal to 0, got -1")),
+        (("train", "--seed", "-1"), ("--seed", "greater than or equal to 0")),
         (("train", "--learning-rate", "-1"), ("--learning-rate", "greater than 0, got -1")),
         (("reproduce", "demo", "--epochs", "-5"), ("'--epochs'", "greater than or equal to 1")),
         (("train", "--device", "abacus"), ("--device", "abacus")),
@@ -84,7 +90,10 @@ def test_help_and_version() -> None:
         (("reproduce",), ("Missing argument", "demo")),
         (("reproduce", "demo", "--seeds", "0"), ("'--seeds'", "greater than or equal to 1")),
         (("train", "--feedback", "learned", "--feedback", "all=random"), ("--feedback", "second time")),
-        (("reproduce", "figure1", "--condition", "z"), ("condition must be", "backprop, baseline, a, b, c, d", "'z'")),
+        (
+            ("reproduce", "figure1", "--condition", "z"),
+            ("--condition must be", "backprop, baseline, a, b, c, d", "'z'"),
+        ),
         (("reproduce", "demo", "--dataset", "a/b"), ("--dataset", "a/b")),
         (("train", "--feedback", "hebb"), ("--feedback", "hebb", "learned")),
         (("train", "--feedback", "head=learned"), ("--feedback", "head", "convolutional")),
@@ -98,22 +107,22 @@ def test_help_and_version() -> None:
         (("defaults", "--depth", "0"), ("'--depth'", "greater than or equal to 1")),
         (("train", "--loss", "hinge"), ("'--loss'", "squared-error", "cross-entropy")),
         (("train", "--unfreeze", "weights"), ("'--unfreeze'", "relaxation-derivative", "update-activity")),
-        (("train", "--unfreeze", "input"), ("--unfreeze", "input=False has no effect")),
+        (("train", "--unfreeze", "input"), ("--unfreeze", "--unfreeze input has no effect")),
         (("train", "--rule", "backprop", "--unfreeze", "input"), ("--unfreeze", "no effect", "backprop")),
         (
             ("train", "--solver", "closed-form", "--unfreeze", "relaxation-derivative"),
-            ("--solver", "relaxation_derivative=False", "Euler"),
+            ("--solver", "with --unfreeze relaxation-derivative", "--solver euler"),
         ),
-        (("convergence", "--step-size", "3"), ("step_size must be in (0, 2)", "got 3.0")),
+        (("convergence", "--step-size", "3"), ("--step-size must be in (0, 2)", "got 3.0")),
         (("gradients", "--architecture", "perceptron"), ("--architecture", "'perceptron'", "mlp, cnn, resnet-18")),
-        (("gradients", "--step-size", "2"), ("step_size must be in (0, 2)", "got 2.0")),
+        (("gradients", "--step-size", "2"), ("--step-size must be in (0, 2)", "got 2.0")),
         (("gradients", "--step-size", "1e-300"), ("--step-size", "too small for floating-point")),
         (("bench", "--model", "resnet"), ("'--model'", "mlp", "cnn-as-coded")),
         (("convergence", "--model", "transformer"), ("'--model'", "cnn-as-coded")),
-        (("reproduce", "graphs", "--dataset", "digits"), ("dataset must be one of docstrings, cifar10", "'digits'")),
+        (("reproduce", "graphs", "--dataset", "digits"), ("--dataset must be one of docstrings, cifar10", "'digits'")),
         (
             ("train", "--vertices", "operations", "--unfreeze", "update-activity"),
-            ("--vertices", "no update reads both"),
+            ("--vertices", "no update reads both", "update-activity has no meaning", "--vertices activations"),
         ),
         (("depth", "--layers", "0"), ("'--layers'", "greater than or equal to 1")),
         (("bench", "--rounds", "1"), ("'--rounds'", "greater than or equal to 2")),
@@ -121,6 +130,17 @@ def test_help_and_version() -> None:
         (("convergence", "--dataset", "imagenet"), ("--dataset", "cifar10, cifar100, svhn", "'imagenet'")),
         (("reproduce", "demo", "--dataset", "imagenet"), ("imagenet", "must be one of")),
         (("learn",), ("No such command", "learn")),
+        (("train", "--seed", str(2**63)), ("--seed", "less than or equal to 9223372036854775807")),
+        (("convergence", "--seed", str(2**63)), ("--seed", "less than or equal to 9223372036854775807")),
+        (("train", "--feedback", "=learned"), ("--feedback", "'=learned' names no part before the '='")),
+        (("train", "--drop-derivatives", "=both"), ("--drop-derivatives", "'=both' names no part")),
+        (("train", "--threads", "0"), ("'--threads'", "greater than or equal to 1")),
+        (("reproduce", "demo", "--workers", "0"), ("'--workers'", "greater than or equal to 1")),
+        (("reproduce", "demo", "--workers", "two"), ("'--workers'", "valid integer")),
+        (("reproduce", "demo", "--engine", "slurm"), ("'--engine'", "processes", "ray")),
+        (("reproduce", "demo", "--address", "host:1"), ("--address", "no effect without --engine ray")),
+        (("reproduce", "demo", "--gpus", "1"), ("--gpus", "no effect without --engine ray")),
+        (("reproduce", "demo", "--engine", "ray", "--workers", "2"), ("--workers", "workers of its own")),
     ],
 )
 def test_wrong_usage_is_explained_with_status_2(args: tuple[str, ...], parts: tuple[str, ...]) -> None:
@@ -142,9 +162,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
 def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run_main(monkeypatch, "train", "--model", "cnn") == 1
+    assert run_main(monkeypatch, "train", "--model", "cnn") == 2
     assert "error: the CNN needs images of at least 14×14 pixels, got 8×8" in capsys.readouterr().err
-    assert run_main(monkeypatch, "train", "--feedback", "convolutional=learned") == 1
+    assert run_main(monkeypatch, "train", "--feedback", "convolutional=learned") == 2
     assert "the network has no part 'convolutional'" in capsys.readouterr().err
     assert run_main(monkeypatch, "train", "--dataset", "mnist", "--data-dir", str(tmp_path)) == 1
     assert "mnist/train.parquet does not exist" in capsys.readouterr().err
@@ -359,3 +379,38 @@ def test_an_interrupted_figure_says_how_to_go_on(
 def test_the_default_step_sizes_are_those_that_help_names() -> None:
     _, text = invoke("convergence", "--help")
     assert f"(default: {' '.join(map(str, convergence.STEP_SIZES))})" in text
+
+
+@pytest.mark.parametrize("options", [(), ("--solver", "equilibrium"), ("--unfreeze", "update-activity")])
+def test_train_as_the_code_has_it_is_the_figures_run(options: tuple[str, ...], tmp_path: Path) -> None:
+    status, _ = invoke("train", "--as-coded", "--epochs", "1", "--runs", str(tmp_path), *options)
+    assert status == 0
+    (path,) = tmp_path.glob("*/config.json")
+    config = RunConfig.model_validate_json(path.read_text())
+    assert config.left_out == 2
+    if options[:1] != ("--solver",):
+        experiment = EXPERIMENTS["demo"]
+        runs = dict(condition_runs(experiment, "digits", seeds=1, epochs=1, data=config.data, as_coded=True))
+        assert config == runs["d" if options else "baseline"]
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("reproduce", "--help"), ("take-over", "no", "--help")])
+def test_output_into_a_closed_pipe_ends_quietly(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "relaxprop", *arguments]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+
+
+def test_what_is_logged_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        logging.getLogger("relaxprop.lab.store").warning("run %s [is] computed elsewhere", "a")
+        raise GridError("1 of 2 runs have failed")
+
+    monkeypatch.setattr(reproduce, "run_all", failing)
+    assert run_main(monkeypatch, "reproduce", "demo") == 1
+    errors = capsys.readouterr().err
+    assert "run a [is] computed elsewhere\n" in errors
+    assert errors.endswith("error: 1 of 2 runs have failed\n")

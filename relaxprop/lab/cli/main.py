@@ -1,11 +1,12 @@
 """The command line: its commands, and how errors end it.
 
 May import: public names, lab.cli.measure, lab.cli.options, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data,
-lab.models, lab.files.
+lab.engines.grid, lab.files, lab.models.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from relaxprop.lab.cli.reproduce import reproduce
 from relaxprop.lab.cli.runs import show, take_over
 from relaxprop.lab.cli.train import train
 from relaxprop.lab.data import DataError
+from relaxprop.lab.engines.grid import GridError
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.models import ModelError
 
@@ -46,9 +48,25 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line; errors of data and results end it with status 1 and one line."""
+    """Runs the command line.
+
+    Errors of data and results end it with one line and status 1, a network that does not fit the data with status 2, as
+    wrong options do.
+    """
+    logger = logging.getLogger("relaxprop")
+    told = _Told()
+    logger.addHandler(told)
     try:
         app()
-    except (DataError, ModelError, OutputError, NonFiniteStateError) as error:
+    except (DataError, GridError, ModelError, OutputError, NonFiniteStateError) as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if isinstance(error, ModelError) else 1) from None
+    finally:
+        logger.removeHandler(told)
+
+
+class _Told(logging.Handler):
+    """Prints what is logged, beside a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(self.format(record), markup=False, highlight=False, soft_wrap=True)

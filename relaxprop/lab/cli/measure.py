@@ -55,7 +55,7 @@ def convergence(
     ] = None,
     num_steps: Annotated[int, typer.Option(min=1, help="Relaxation steps to follow.")] = 100,
     order: Annotated[Order, typer.Option(help="Order of updates.")] = "simultaneous",
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the initial weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes the initial weights.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in the minibatch.")] = 64,
     data_dir: DataDirOption = None,
     out: Annotated[

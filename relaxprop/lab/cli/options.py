@@ -1,14 +1,16 @@
 """What the commands share: options, and strings that become objects.
 
-May import: lab.data, lab.models, lab.files.
+May import: public names, solvers, lab.data, lab.files, lab.models.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from relaxprop import Frozen
 from relaxprop.lab import data
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Dataset
 from relaxprop.lab.files import check_writable
 from relaxprop.lab.models import ModelName, PapersModel
+from relaxprop.solvers import SOLVERS
 
 app = typer.Typer(
     help="Train networks by Activation Relaxation, and see it beside backpropagation (arXiv 2010.06219).",
@@ -56,6 +60,10 @@ AlignmentOption = Annotated[
         "weights to weights. Each time costs about two training steps. 0: never.",
     ),
 ]
+AsCodedOption = Annotated[
+    bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes initial weights and minibatches.")]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training data.")]
 
 
@@ -66,14 +74,39 @@ def usage_errors(option: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
+        message = spoken(first["msg"].removeprefix("Value error, "))
         if not first["loc"]:
             raise typer.BadParameter(message, param_hint=option) from error
         name = str(first["loc"][0])
         flag = {"dropped": "--drop-derivatives"}.get(name, f"--{name.replace('_', '-')}")
         raise typer.BadParameter(f"{message}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
+        raise typer.BadParameter(spoken(str(error)), param_hint=option) from error
+
+
+_QUANTITIES = "|".join(field.name for field in fields(Frozen))
+_SOLVERS = {kind.__name__: name for name, kind in SOLVERS.items()}
+_SETTINGS = "|".join(
+    {
+        **dict.fromkeys(("solver", "vertices", "initial", "loss", "dataset", "condition")),
+        **{field.name: None for kind in SOLVERS.values() for field in fields(kind)},
+    }
+)
+
+
+def spoken(message: str) -> str:
+    """A message of the library in the words of the command line: options in place of arguments."""
+    unfrozen = rf"\b({_QUANTITIES})=False"
+
+    def unfreeze(found: re.Match[str]) -> str:
+        return " ".join(f"--unfreeze {name}" for name in re.findall(unfrozen, found[0])) or "everything frozen"
+
+    message = re.sub(r"frozen=Frozen\([^)]*\)", unfreeze, message)
+    message = re.sub(unfrozen, r"--unfreeze \1", message)
+    message = re.sub(rf"\b({'|'.join(_SOLVERS)})\([^)]*\)", lambda found: f"--solver {_SOLVERS[found[1]]}", message)
+    message = re.sub(rf"\b({_SETTINGS})=\(?'?([\w.-]+)'?\)?", r"--\1 \2", message)
+    message = re.sub(rf"^({_SETTINGS})(?= (must|has|may)|:)", r"--\1", message)
+    return re.sub(rf"\b({_QUANTITIES}|{_SETTINGS})\b", lambda found: found[0].replace("_", "-"), message)
 
 
 def load_dataset(name: str, data_dir: Path | None, *written: Path) -> Dataset:

@@ -17,6 +17,7 @@ from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, T
 from relaxprop.lab.cli.options import (
     DATA_HELP,
     AlignmentOption,
+    AsCodedOption,
     DataDirOption,
     DeviceOption,
     RunsOption,
@@ -56,9 +57,7 @@ def reproduce(
         list[str] | None,
         typer.Option(help="Only this one, beside backpropagation and the baseline; repeat it for several."),
     ] = None,
-    as_coded: Annotated[
-        bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
-    ] = False,
+    as_coded: AsCodedOption = False,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),

@@ -1,7 +1,7 @@
 """Train one network.
 
-May import: public names, recording, solvers, transients, vertices, lab.cli.options, lab.config, lab.results,
-lab.training.
+May import: public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options, lab.config,
+lab.experiments.conditions, lab.results, lab.training.
 """
 
 from __future__ import annotations
@@ -16,21 +16,26 @@ import typer
 from relaxprop import (
     Frozen,
 )
+from relaxprop.lab.cli.engines import ThreadsOption
 from relaxprop.lab.cli.options import (
     AlignmentOption,
+    AsCodedOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
     EpochsOption,
     ModelOption,
     RunsOption,
+    SeedOption,
     console,
     find_device,
     load_dataset,
     says_what_is_kept,
+    spoken,
     usage_errors,
 )
 from relaxprop.lab.config import Loss, OptimizerName, Rule, RunConfig, default_solver
+from relaxprop.lab.experiments.conditions import as_the_code_has_it
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.training import train as train_network
 from relaxprop.recording import InitialState
@@ -105,7 +110,7 @@ def train(
     initial: Annotated[
         InitialState, typer.Option(help="Where the states start: at the feedforward activities, or at zero.")
     ] = "feedforward",
-    seed: Annotated[int, typer.Option(help="Fixes initial weights and minibatches.")] = 0,
+    seed: SeedOption = 0,
     epochs: EpochsOption = 30,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 64,
     loss: Annotated[Loss, typer.Option(help="Summed over minibatch and outputs; a text needs cross-entropy.")] = (
@@ -114,6 +119,8 @@ def train(
     optimizer: Annotated[OptimizerName, typer.Option(help="Of the weights.")] = "sgd",
     learning_rate: Annotated[float, typer.Option(help="Of the optimiser, on the summed loss.")] = 0.0005,
     alignment_every: AlignmentOption = 0,
+    as_coded: AsCodedOption = False,
+    threads: ThreadsOption = 1,
     data_dir: DataDirOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
@@ -144,6 +151,8 @@ def train(
         optimizer=optimizer,
         learning_rate=learning_rate,
         alignment_every=alignment_every,
+        threads=threads,
+        as_coded=as_coded,
     )
     loaded = load_dataset(dataset, data_dir, runs)
     config = config.model_copy(update={"data": loaded.digest})
@@ -163,7 +172,7 @@ def train(
 
 
 def _run_config(
-    solver_options: dict[str, Any], *, solver: str | None, unfreeze: Sequence[Quantity], **values: Any
+    solver_options: dict[str, Any], *, solver: str | None, unfreeze: Sequence[Quantity], as_coded: bool, **values: Any
 ) -> RunConfig:
     given_flags = {
         "--solver": solver,
@@ -193,16 +202,24 @@ def _run_config(
     try:
         kind(**solver_options)
     except (TypeError, ValueError) as error:  # its first word is the option's name
-        raise typer.BadParameter(str(error), param_hint=f"--{str(error).split()[0].replace('_', '-')}") from error
+        flag = f"--{str(error).split()[0].replace('_', '-')}"
+        raise typer.BadParameter(spoken(str(error)), param_hint=flag) from error
+    values["solver_options"] = solver_options
+    if as_coded:
+        coded = as_the_code_has_it(values)
+        # Its order of updates is that of the steps, which not every solver takes.
+        values = coded if "order" in known else coded | {"solver_options": solver_options}
     with usage_errors("--solver or --vertices"):
-        return RunConfig(solver_options=solver_options, **values)
+        return RunConfig(**values)
 
 
 def _by_part(options: Sequence[str] | None, flag: str) -> dict[str, str]:
     """``PART=VALUE``, or ``VALUE`` for the whole network."""
     found: dict[str, str] = {}
     for option in options or ():
-        part, _, value = option.rpartition("=")
+        part, named, value = option.rpartition("=")
+        if named and not part:
+            raise typer.BadParameter(f"{option!r} names no part before the '='", param_hint=flag)
         if (part or "all") in found:
             raise typer.BadParameter(f"{option!r} names a part for the second time", param_hint=flag)
         found[part or "all"] = value

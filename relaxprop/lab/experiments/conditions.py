@@ -117,13 +117,18 @@ def condition_runs(
 
 def _run(condition: Condition, as_coded: bool, **values: Any) -> RunConfig:
     values |= {name: getattr(condition, name) for name in ("rule", "frozen", "feedback", "dropped")}
-    if as_coded:
-        if values["model"] == "cnn":
-            values |= {"model": "cnn-as-coded", "signed_inputs": True, "convolutional_factor": 2.0}
-        values |= {"left_out": 2, "solver_options": {"order": "sequential"} | values.get("solver_options", {})}
-        if not condition.frozen.update_activity:
-            values["frozen"] = replace(condition.frozen, input=False)
-    return RunConfig(**values)
+    return RunConfig(**(as_the_code_has_it(values) if as_coded else values))
+
+
+def as_the_code_has_it(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `RunConfig` as the authors' code has them, where it differs from the paper's text on purpose."""
+    found = dict(values)
+    if found["model"] == "cnn":
+        found |= {"model": "cnn-as-coded", "signed_inputs": True, "convolutional_factor": 2.0}
+    found |= {"left_out": 2, "solver_options": {"order": "sequential"} | found.get("solver_options", {})}
+    if not found["frozen"].update_activity:
+        found["frozen"] = replace(found["frozen"], input=False)
+    return found
 
 
 @dataclass(frozen=True)

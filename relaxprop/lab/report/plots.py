@@ -1,5 +1,7 @@
 """Figures, drawn from numbers alone.
 
+Matplotlib is imported where a figure is drawn: it takes longer than the commands that draw none.
+
 May import: public names, lab.results, lab.stats.
 """
 
@@ -8,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from relaxprop import (
     Convergence,
 )
 from relaxprop.lab.results import AlignmentCurves, Asynchronous, DepthCost
 from relaxprop.lab.stats import Mean
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 DPI = 150
 ROUNDING = float(np.finfo(np.float64).eps)
@@ -29,10 +32,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: str, path: Path) -> Path:
     """Test accuracy over epochs, mean over seeds with standard errors; a panel for each curve beside the baseline."""
+    from matplotlib.ticker import MaxNLocator
+
     others = [name for name in curves if name != baseline]
     columns = min(3, len(others))
     rows = math.ceil(len(others) / columns)
-    figure = Figure(figsize=(_width(columns), 3 * rows + 1), layout="constrained")
+    figure = _figure(_width(columns), 3 * rows + 1)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(panels, others, strict=False):
         # Equal curves lie on one another: the later one is dashed and its marks are smaller, so that both show.
@@ -51,8 +56,8 @@ def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: 
     for axes in panels[len(others) :]:
         axes.set_axis_off()
     lines = [
-        Line2D([], [], color=COLOURS[0], linestyle="-", marker="o", markersize=6),
-        Line2D([], [], color=COLOURS[1], linestyle="--", marker="o", markersize=3),
+        _line(color=COLOURS[0], linestyle="-", marker="o", markersize=6),
+        _line(color=COLOURS[1], linestyle="--", marker="o", markersize=3),
     ]
     figure.legend(
         lines, [baseline, "the panel's condition"], loc="outside lower center", ncols=2,
@@ -64,9 +69,11 @@ def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: 
 
 def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Path) -> Path:
     """Cosines to backpropagation's gradient and of backwards weights to weights; a panel for each condition."""
+    from matplotlib import colormaps
+
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(_width(columns), 2.8 * rows + 1.2), layout="constrained")
+    figure = _figure(_width(columns), 2.8 * rows + 1.2)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
     layers = list(dict.fromkeys(_layer(n) for c in curves.values() for n in c.gradients if n.endswith(".weight")))
     few = len(layers) <= len(COLOURS)
@@ -90,12 +97,10 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
         axes.set(xlabel="epochs", ylabel="cosine")
         axes.label_outer()
     # Many layers have shades from the first to the last.
-    lines = [
-        Line2D([], [], color=colours[layer], label=layer) for layer in (layers if few else layers[:: len(layers) - 1])
-    ]
-    lines += [Line2D([], [], color="black", label="gradient to backpropagation's")]
+    lines = [_line(color=colours[layer], label=layer) for layer in (layers if few else layers[:: len(layers) - 1])]
+    lines += [_line(color="black", label="gradient to backpropagation's")]
     if any(c.feedback for c in curves.values()):
-        lines += [Line2D([], [], color="black", linestyle="--", label="backwards weights to weights")]
+        lines += [_line(color="black", linestyle="--", label="backwards weights to weights")]
     figure.legend(
         handles=lines,
         loc="outside lower center",
@@ -108,7 +113,7 @@ def alignment_curves(curves: Mapping[str, AlignmentCurves], about: str, path: Pa
 
 def convergence_curves(curves: Sequence[Convergence], title: str, path: Path) -> Path:
     """Distance to backpropagation's gradient per layer over relaxation steps; a panel per step size."""
-    figure = Figure(figsize=(3 * len(curves) + 1, 4.8), layout="constrained")
+    figure = _figure(3 * len(curves) + 1, 4.8)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     weights = [name for name in curves[0].measured if name.endswith("weight")]
     exact = [name for name in weights if all(c.measured[name].max() == 0 for c in curves)]
@@ -143,7 +148,7 @@ def asynchronous_curves(curves: Sequence[Asynchronous], title: str, path: Path) 
     """Error against expected updates per vertex; a panel for each architecture, a line for each seed."""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(_width(columns), 2.6 * rows + 0.9), layout="constrained")
+    figure = _figure(_width(columns), 2.6 * rows + 0.9)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for place, (axes, curve) in enumerate(zip(panels, curves, strict=False)):
         for i, errors in enumerate(curve.errors):
@@ -156,7 +161,7 @@ def asynchronous_curves(curves: Sequence[Asynchronous], title: str, path: Path) 
     for axes in panels[len(curves) :]:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
-    handles += [Line2D([], [], color="grey", linestyle=style) for style in ("--", ":")]
+    handles += [_line(color="grey", linestyle=style) for style in ("--", ":")]
     labels += ["updates = vertices on the longest path", "rounding"]
     about = "error: largest distance of a parameter's gradient to backpropagation's, over its norm"
     figure.legend(handles, labels, loc="outside lower center", ncols=3, title=about)
@@ -166,7 +171,7 @@ def asynchronous_curves(curves: Sequence[Asynchronous], title: str, path: Path) 
 
 def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
     """Time relative to backpropagation against depth, by solver; filled where nothing of the initial state is left."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = _figure(8, 5)
     axes = figure.subplots()
     for i, solver in enumerate(dict.fromkeys(c.solver for c in costs)):
         own = [c for c in costs if c.solver == solver]
@@ -180,11 +185,24 @@ def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    handles += [Line2D([], [], color="black", marker="o", fillstyle=f, linestyle="") for f in ("full", "none")]
+    handles += [_line(color="black", marker="o", fillstyle=f, linestyle="") for f in ("full", "none")]
     labels += ["nothing of the initial state left", "something left"]
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     axes.set_title(title, fontsize="medium")
     return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _line(**style: Any) -> Line2D:
+    """For a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
 
 
 def _width(columns: int) -> float:
