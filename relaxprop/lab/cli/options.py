@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from relaxprop.lab import data
-from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Dataset
+from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Colour, Dataset
 from relaxprop.lab.models import ModelName, PapersModel
 from relaxprop.lab.store import check_writable
 
@@ -42,6 +42,17 @@ DataDirOption = Annotated[
         help="Folder with NAME/train.parquet and NAME/test.parquet; without it the Hugging Face Hub.",
         envvar=DATA_VARIABLE,
     ),
+]
+ImageColumnOption = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="The images' column. (default: the only one, or that called image or img)"),
+]
+LabelColumnOption = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="The classes' column. (default: the only one, or that called label)"),
+]
+ColourOption = Annotated[
+    Colour | None, typer.Option(help="Make all images grey (L) or of three channels (RGB). (default: as they are)")
 ]
 RunsOption = Annotated[
     Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
@@ -76,13 +87,21 @@ def usage_errors(option: str) -> Iterator[None]:
         raise typer.BadParameter(str(error), param_hint=option) from error
 
 
-def load_dataset(name: str, data_dir: Path | None, *written: Path) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: Path | None,
+    *written: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    colour: Colour | None = None,
+) -> Dataset:
     """A data set, whose loading may take a while: so the folders that are written to afterwards are looked at first."""
     with usage_errors("--dataset"):
         data.check_name(name, data_dir)
+        data.check_reading(name, image_column, label_column, colour)
     for folder in written:
         check_writable(folder)
-    return data.load(name, data_dir)
+    return data.load(name, data_dir, image_column=image_column, label_column=label_column, colour=colour)
 
 
 def find_device(name: str) -> torch.device:

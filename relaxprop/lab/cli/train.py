@@ -18,10 +18,13 @@ from relaxprop import (
 )
 from relaxprop.lab.cli.options import (
     AlignmentOption,
+    ColourOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
     EpochsOption,
+    ImageColumnOption,
+    LabelColumnOption,
     ModelOption,
     RunsOption,
     console,
@@ -115,6 +118,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of the optimiser, on the summed loss.")] = 0.0005,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    colour: ColourOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
 ) -> None:
@@ -145,7 +151,7 @@ def train(
         learning_rate=learning_rate,
         alignment_every=alignment_every,
     )
-    loaded = load_dataset(dataset, data_dir, runs)
+    loaded = load_dataset(dataset, data_dir, runs, image_column=image_column, label_column=label_column, colour=colour)
     config = config.model_copy(update={"data": loaded.digest})
 
     def show(metrics: EpochMetrics) -> None:
