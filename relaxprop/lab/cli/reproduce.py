@@ -76,7 +76,7 @@ def reproduce(
     Backpropagation, Activation Relaxation, and Activation Relaxation under each of the experiment's conditions.
     """
     experiment = EXPERIMENTS[figure]
-    names = [dataset] if dataset else list(experiment.conditions)
+    names = [dataset] if dataset is not None else list(experiment.conditions)
     for name in names:
         with usage_errors("reproduce"):
             condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())

@@ -121,9 +121,12 @@ def _picture(encoded: bytes, colour: Colour | None, declared: str | None) -> Pic
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
         raise UnfitError(f"{error}. Reduce it") from error
     except Exception as error:  # of damaged bytes Pillow raises whatever its decoders stumble over
+        # Of bytes that it does not know Pillow says where in memory they are, which tells nobody anything.
+        unknown = isinstance(error, PIL.UnidentifiedImageError)
+        reason = "" if unknown else f" ({type(error).__name__}: {str(error).rstrip('.')})"
         raise UnfitError(
-            f"its {len(encoded):,} bytes cannot be read as one of {', '.join(known)} ({type(error).__name__}: "
-            f"{str(error).rstrip('.')}), it is damaged or no image. Fetch the file again"
+            f"its {len(encoded):,} bytes cannot be read as one of {', '.join(known)}{reason}: it is damaged, no image "
+            "or of an unknown kind. Fetch the file again, or write it as PNG"
         ) from error
 
 

@@ -67,7 +67,10 @@ def check_name(name: str, data_dir: str | Path | None = None) -> None:
             f"dataset must be one of {', '.join(DATASETS)}, or the name of a folder with train.parquet and "
             f"test.parquet within the folder that --data-dir or {DATA_VARIABLE} names, got {name!r}"
         )
-    check_spelling(name)
+    try:
+        check_spelling(name)
+    except ValueError as error:
+        raise ValueError(f"{error}, got {name!r}") from error
 
 
 def check_spelling(name: str) -> str:
@@ -76,8 +79,10 @@ def check_spelling(name: str) -> str:
     Raises:
         ValueError: if not.
     """
-    if not re.fullmatch(r"[\w.-]+( [\w.-]+)*", name):
-        raise ValueError("a data set's name must be of letters, digits, dots, hyphens and single spaces")
+    if not re.fullmatch(r"(?!\.+$)[\w.-]+( [\w.-]+)*", name):
+        raise ValueError(
+            "a data set's name must be of letters, digits, dots, hyphens and single spaces: rename its folder"
+        )
     return name
 
 
