@@ -1,20 +1,21 @@
 """A run, described completely.
 
-May import: feedback, public names, recording, solvers, vertices, wrapper, lab.models.
+May import: feedback, public names, recording, solvers, vertices, wrapper, lab.data, lab.models.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from relaxprop import (
     PAPER,
     Frozen,
 )
 from relaxprop.feedback import FeedbackRule
+from relaxprop.lab.data import check_spelling
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.recording import InitialState
 from relaxprop.solvers import SOLVERS, Solver
@@ -45,7 +46,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = Field(default=FORMAT, ge=1, le=FORMAT)  # of the code that computes it
-    dataset: str = Field(default="digits", pattern=r"^[\w.-]+$")  # as `data.load` knows it
+    dataset: Annotated[str, AfterValidator(check_spelling)] = "digits"  # as `data.load` knows it
     data: str | None = None  # the data set's digest
     model: ModelName = "mlp"
     rule: Rule = "ar"

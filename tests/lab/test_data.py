@@ -89,7 +89,8 @@ def test_a_part_of_published_data_is_called_so(data_dir: Path) -> None:
 def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     images = [rng.integers(0, 256, (n, 4), dtype=np.uint8) for n in (4, 5)]
-    write_split(tmp_path / "leaves" / "train.parquet", images, [0, 1])
+    for split in ("train", "test"):
+        write_split(tmp_path / "leaves" / f"{split}.parquet", images, [0, 1])
     with pytest.raises(DataError, match=r"all images must have one size, and these have \(4, 4\), \(5, 4\)"):
         data.load("leaves", tmp_path)
 

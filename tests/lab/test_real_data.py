@@ -24,6 +24,26 @@ def test_the_complete_data(name: str, mean: float, std: float) -> None:
     assert loaded.test.labels.bincount().sum() == 10_000
 
 
+@pytest.mark.parametrize(
+    ("name", "digest", "shape", "classes"),
+    [
+        ("mnist", "a63d816db5", (60_000, 1, 28, 28), ("0", "1", "9")),
+        ("fashion_mnist", "6c0eefea18", (60_000, 1, 28, 28), ("T - shirt / top", "Trouser", "Ankle boot")),
+        ("cifar10", "e6b01d8bd6", (20_000, 3, 32, 32), ("airplane", "automobile", "truck")),
+        ("cifar100", "97e2d90d93", (20_000, 3, 32, 32), ("apple", "aquarium_fish", "worm")),
+        ("svhn", "6447a57ab3", (5_000, 3, 32, 32), ("0", "1", "9")),
+    ],
+)
+def test_the_data_are_those_of_the_kept_results(
+    name: str, digest: str, shape: tuple[int, ...], classes: tuple[str, ...]
+) -> None:
+    """Runs are found by the digest of their data; other copies of a data set's part have another one."""
+    loaded = data.load(name)
+    if loaded.train.images.shape != shape:
+        pytest.skip(f"another part of {name}")
+    assert (loaded.digest, (*loaded.classes[:2], loaded.classes[-1])) == (digest, classes)
+
+
 def test_one_epoch_of_mnist_as_in_the_paper() -> None:
     torch.set_num_threads(2)
     mnist = data.load("mnist")

@@ -429,7 +429,7 @@ def test_a_description_builds_its_solver() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "a/b"}, "should match pattern"),
+        ({"dataset": "a/b"}, "name must be of letters, digits, dots, hyphens and single spaces"),
         ({"rule": "hebb"}, "'ar' or 'backprop'"),
         ({"solver": "magic"}, "'closed-form', 'euler', 'continuous' or 'equilibrium'"),
         ({"epochs": 0}, "greater than or equal to 1"),

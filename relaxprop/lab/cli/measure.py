@@ -16,9 +16,12 @@ from rich.table import Table
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.cli.options import (
+    ColourOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
+    ImageColumnOption,
+    LabelColumnOption,
     PapersModelOption,
     console,
     find_device,
@@ -58,6 +61,9 @@ def convergence(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes the initial weights.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in the minibatch.")] = 64,
     data_dir: DataDirOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    colour: ColourOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the figure. (default: figures/convergence-DATASET)")
     ] = None,
@@ -67,7 +73,9 @@ def convergence(
         for eta in step_size or ():
             check_step_size(eta)
     folder = out or Path("figures") / f"convergence-{dataset}"
-    loaded = load_dataset(dataset, data_dir, folder)
+    loaded = load_dataset(
+        dataset, data_dir, folder, image_column=image_column, label_column=label_column, colour=colour
+    )
     torch.manual_seed(seed)
     curves = convergence_by_step_size(
         loaded,

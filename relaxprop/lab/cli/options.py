@@ -23,7 +23,7 @@ from rich.table import Table
 
 from relaxprop import Frozen
 from relaxprop.lab import data
-from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Dataset
+from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Colour, Dataset
 from relaxprop.lab.files import check_writable
 from relaxprop.lab.models import ModelName, PapersModel
 from relaxprop.solvers import SOLVERS
@@ -46,6 +46,17 @@ DataDirOption = Annotated[
         help="Folder with NAME/train.parquet and NAME/test.parquet; without it the Hugging Face Hub.",
         envvar=DATA_VARIABLE,
     ),
+]
+ImageColumnOption = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="The images' column. (default: the only one, or that called image or img)"),
+]
+LabelColumnOption = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="The classes' column. (default: the only one, or that called label)"),
+]
+ColourOption = Annotated[
+    Colour | None, typer.Option(help="Make all images grey (L) or of three channels (RGB). (default: as they are)")
 ]
 RunsOption = Annotated[
     Path, typer.Option(help="Folder of run directories; finished runs there are not computed again.")
@@ -109,13 +120,21 @@ def spoken(message: str) -> str:
     return re.sub(rf"\b({_QUANTITIES}|{_SETTINGS})\b", lambda found: found[0].replace("_", "-"), message)
 
 
-def load_dataset(name: str, data_dir: Path | None, *written: Path) -> Dataset:
+def load_dataset(
+    name: str,
+    data_dir: Path | None,
+    *written: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    colour: Colour | None = None,
+) -> Dataset:
     """A data set, whose loading may take a while: so the folders that are written to afterwards are looked at first."""
     with usage_errors("--dataset"):
         data.check_name(name, data_dir)
+        data.check_reading(name, image_column, label_column, colour)
     for folder in written:
         check_writable(folder)
-    return data.load(name, data_dir)
+    return data.load(name, data_dir, image_column=image_column, label_column=label_column, colour=colour)
 
 
 def find_device(name: str) -> torch.device:

@@ -18,8 +18,11 @@ from relaxprop.lab.cli.options import (
     DATA_HELP,
     AlignmentOption,
     AsCodedOption,
+    ColourOption,
     DataDirOption,
     DeviceOption,
+    ImageColumnOption,
+    LabelColumnOption,
     RunsOption,
     console,
     find_device,
@@ -60,6 +63,9 @@ def reproduce(
     as_coded: AsCodedOption = False,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    colour: ColourOption = None,
     runs: RunsOption = Path("runs"),
     out: Annotated[
         Path | None, typer.Option(help="Folder for the table and the figures. (default: figures/FIGURE-DATASET)")
@@ -78,7 +84,7 @@ def reproduce(
     find_device(device)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
     experiment = EXPERIMENTS[figure]
-    names = [dataset] if dataset else list(experiment.conditions)
+    names = [dataset] if dataset is not None else list(experiment.conditions)
     for name in names:
         with usage_errors("reproduce"):
             condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
@@ -86,7 +92,12 @@ def reproduce(
     if out and not dataset and len(experiment.conditions) > 1:
         folders = {name: out / name for name in names}
     # All, before anything is computed.
-    loaded = {name: load_dataset(name, data_dir, runs, folder) for name, folder in folders.items()}
+    loaded = {
+        name: load_dataset(
+            name, data_dir, runs, folder, image_column=image_column, label_column=label_column, colour=colour
+        )
+        for name, folder in folders.items()
+    }
     for name, folder in folders.items():
         _reproduce(
             figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device,

@@ -20,10 +20,13 @@ from relaxprop.lab.cli.engines import ThreadsOption
 from relaxprop.lab.cli.options import (
     AlignmentOption,
     AsCodedOption,
+    ColourOption,
     DataDirOption,
     DatasetOption,
     DeviceOption,
     EpochsOption,
+    ImageColumnOption,
+    LabelColumnOption,
     ModelOption,
     RunsOption,
     SeedOption,
@@ -122,6 +125,9 @@ def train(
     as_coded: AsCodedOption = False,
     threads: ThreadsOption = 1,
     data_dir: DataDirOption = None,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    colour: ColourOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
 ) -> None:
@@ -154,7 +160,7 @@ def train(
         threads=threads,
         as_coded=as_coded,
     )
-    loaded = load_dataset(dataset, data_dir, runs)
+    loaded = load_dataset(dataset, data_dir, runs, image_column=image_column, label_column=label_column, colour=colour)
     config = config.model_copy(update={"data": loaded.digest})
 
     def show(metrics: EpochMetrics) -> None:
