@@ -203,6 +203,10 @@ class Chart:
         names = dict.fromkeys(series.name for view in self.views for series in view.series)
         return {name: Style.number(i) for i, name in enumerate(names)}
 
+    def starts_hidden(self, name: str) -> bool:
+        """Biases beside weights, so that there is one curve for every layer at first."""
+        return name.endswith(".bias") and not all(other.endswith(".bias") for other in self.names)
+
     @property
     def seeds(self) -> list[int]:
         return sorted({seed for view in self.views for series in view.series for seed in series.seeds or ()})
@@ -306,7 +310,7 @@ def _figure(figure: FigureResults, folder: Path, charts: list[Chart]) -> dict[st
     claims = [_claim(condition) for condition in conditions]
     verdicts = [claim["kind"] for claim in claims if claim["kind"]]
     return {
-        "title": figure.title,
+        "title": figure.title[:1].upper() + figure.title[1:],
         "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in figure.settings.items()},
         "claims": claims,
         "counts": [(MARKS[kind], kind, verdicts.count(kind)) for kind in MARKS if verdicts],
@@ -366,7 +370,7 @@ def _alignment(conditions: Sequence[ConditionResults]) -> Chart | None:
             "epochs of training",
             "cosine",
             "f",
-            [_series(name, curve.epochs, curve.cosines) for name, curve in curves.items()],
+            [_series(name.removesuffix(".weight"), curve.epochs, curve.cosines) for name, curve in curves.items()],
         )
         for condition in conditions
         if condition.alignment
@@ -376,7 +380,9 @@ def _alignment(conditions: Sequence[ConditionResults]) -> Chart | None:
         )
         if curves
     ]
-    return Chart("Alignment with backpropagation, by layer", "Layers", views) if views else None
+    return (
+        Chart("Alignment with backpropagation, by layer", "Layers (a layer by its weights)", views) if views else None
+    )
 
 
 def _convergence(results: ConvergenceResults, folder: Path, charts: list[Chart]) -> dict[str, Any]:
@@ -388,7 +394,7 @@ def _convergence(results: ConvergenceResults, folder: Path, charts: list[Chart])
             "e",
             [
                 Series(
-                    layer.name,
+                    layer.name.removesuffix(".weight"),
                     list(range(len(layer.measured))),
                     [_positive(y) for y in layer.measured],
                     points=[_positive(y) for y in layer.predicted],
@@ -399,7 +405,11 @@ def _convergence(results: ConvergenceResults, folder: Path, charts: list[Chart])
         )
         for solver, layers in results.layers.items()
     ]
-    charts.append(Chart("Distance to backpropagation's gradient", "Parameters", views, points_title="predicted"))
+    charts.append(
+        Chart(
+            "Distance to backpropagation's gradient", "Layers (a layer by its weights)", views, points_title="predicted"
+        )
+    )
     return {
         "title": results.title,
         "chart": (len(charts) - 1, charts[-1]),

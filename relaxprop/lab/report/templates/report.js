@@ -3,7 +3,7 @@
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const PRINT_WIDTH = 660; // pixels: within the margins of A4 and of US letter
-  const FORMATS = { "%": { axis: ".3~%", hover: ".2%" }, f: { axis: ".3~g", hover: ".4f" }, e: { axis: ".0e", hover: ".2e" } };
+  const FORMATS = { "%": { axis: ".3~%", hover: ".2%" }, f: { axis: ".3~g", hover: ".4f" }, e: { axis: "", hover: ".2e" } };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)");
 
@@ -57,7 +57,7 @@
             marker: { color: stroke, symbol: "circle-open", size: 8, line: { width: 1.5 } }, hoverinfo: "skip",
           });
         }
-        const about = x.map((_, i) => (error && error[i] != null ? ` ± ${number_(error[i], form)}` : ""));
+        const about = x.map((_, i) => (error && error[i] != null ? ` ± ${amount(error[i], form)}` : ""));
         lines.push({
           ...common, meta: "mean", y, line, customdata: about, mode: x.length > 1 ? "lines" : "markers",
           marker: { color: stroke, size: 8 },
@@ -67,7 +67,7 @@
       return [...bands, ...thin, ...lines];
     }
 
-    const number_ = (x, form) => (form === "%" ? `${(100 * x).toFixed(2)}%` : form === "e" ? x.toExponential(2) : x.toFixed(4));
+    const amount = (x, form) => (form === "%" ? `${(100 * x).toFixed(2)}%` : form === "e" ? x.toExponential(2) : x.toFixed(4));
 
     function layout() {
       const { x_title, y_title, form } = view();
@@ -84,12 +84,16 @@
         xaxis: { ...axis, title: { text: x_title, standoff: 8 }, nticks: narrow ? 6 : 12, ...range(0) },
         yaxis: {
           ...axis, title: { text: y_title, standoff: 8 }, tickformat: FORMATS[form].axis,
-          ...(form === "e" ? { type: "log", dtick: 3, exponentformat: "power" } : { type: "linear" }), ...range(1),
+          ...(form === "e" ? { type: "log", exponentformat: "power", minexponent: 0 } : { type: "linear" }), ...range(1),
         },
       };
     }
 
-    const draw = () => Plotly.react(plot, traces(), layout(), { displayModeBar: false, responsive: true, doubleClick: "reset+autosize" });
+    function draw() {
+      const here = new Set(view().series.map(({ name }) => name));
+      for (const input of box.querySelectorAll("input[name=curve]")) input.closest("label").hidden = !here.has(input.value);
+      return Plotly.react(plot, traces(), layout(), { displayModeBar: false, responsive: true, doubleClick: "autosize" });
+    }
 
     function zoom(how) {
       const ranges = [plot._fullLayout.xaxis.range, plot._fullLayout.yaxis.range].map((r) => r.map(Number));
