@@ -173,8 +173,12 @@ def _figures(records: Iterable[RunRecord], known: Mapping[str, KnownData]) -> li
     for record in records:
         together.setdefault(_shared(record.config), []).append(record)
     figures = [_figure(own, known) for own in together.values()]
-    order = [experiment.title for experiment in EXPERIMENTS.values()]
-    return sorted(figures, key=lambda f: (f.experiment not in order, order.index(f.experiment or order[0]), f.title))
+    titles = [experiment.title for experiment in EXPERIMENTS.values()]
+
+    def place(figure: FigureResults) -> int:
+        return next((i for i, title in enumerate(titles) if title in (figure.experiment or "")), len(titles))
+
+    return sorted(figures, key=lambda figure: (place(figure), figure.title))
 
 
 def _shared(config: RunConfig) -> str:
@@ -238,7 +242,7 @@ def _conditions(config: RunConfig, found: set[str]) -> tuple[str | None, dict[st
     Of several experiments with the same protocol it is the one on these data, then the one with most of the conditions.
     """
     best: tuple[tuple[bool, int], str | None, dict[str, tuple[str, Condition]]] = ((False, 0), None, {})
-    for experiment in EXPERIMENTS.values():
+    for experiment in sorted(EXPERIMENTS.values(), key=lambda e: "digits" in e.conditions):  # the demo has Figure 1's
         if experiment.settings and config.dataset not in experiment.settings:
             continue
         for as_coded in (False, True):

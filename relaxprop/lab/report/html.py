@@ -319,7 +319,12 @@ def _figure(figure: FigureResults, folder: Path, charts: list[Chart]) -> dict[st
         "costs": _costs(conditions),
         "machines": sorted({str(r.environment.get("processor")) for c in conditions for r in c.runs}),
         "localities": [
-            {"label": c.label, "locality": run.locality, "certificate": _certificate(run)}
+            {
+                "label": c.label,
+                "locality": run.locality,
+                "counts": _non_local(run.locality),
+                "certificate": _certificate(run),
+            }
             for c in conditions
             for run in [next((r for r in c.runs if r.locality or r.certificate), None)]
             if run is not None
@@ -460,6 +465,12 @@ def _costs(conditions: Sequence[ConditionResults]) -> list[dict[str, Any]]:
         }
         for c in conditions
     ]
+
+
+def _non_local(locality: Locality | None) -> dict[str, int]:
+    """How many updates read what is not local, by kind."""
+    found = [{entry.partition(":")[0] for entry in row.non_local} for row in (locality.rows if locality else ())]
+    return {kind: sum(kind in kinds for kinds in found) for kind in KINDS}
 
 
 def _certificate(run: RunRecord) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@
   const FORMATS = { "%": { axis: ".3~%", hover: ".2%" }, f: { axis: ".3~g", hover: ".4f" }, e: { axis: "", hover: ".2e" } };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)");
+  let printing = false;
 
   // Plotly reads a few tags in texts.
   const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
@@ -17,7 +18,6 @@
     const plot = box.querySelector(".plot");
     const select = box.querySelector("select");
     let zoomed = null; // ranges of x and y; null: all that is there
-    let printing = false;
 
     const checked = (name) => [...box.querySelectorAll(`input[name=${name}]:checked`)].map((input) => input.value);
     const view = () => views[select ? Number(select.value) : 0];
@@ -70,9 +70,11 @@
     const amount = (x, form) => (form === "%" ? `${(100 * x).toFixed(2)}%` : form === "e" ? x.toExponential(2) : x.toFixed(4));
 
     function layout() {
-      const { x_title, y_title, form } = view();
+      const { x_title, y_title, form, series } = view();
       const axis = { color: colour("ink"), gridcolor: colour("grid"), linecolor: colour("line"), zeroline: false, automargin: true };
       const narrow = plot.clientWidth < 500 && !printing;
+      const nticks = narrow ? 6 : 12;
+      const few = x_title === "epoch" && Math.max(...series.map(({ x }) => x.length)) <= nticks; // epochs are whole
       const range = (i) => (zoomed ? { range: [...zoomed[i]], autorange: false } : { autorange: true });
       return {
         autosize: !printing, ...(printing ? { width: PRINT_WIDTH, height: 380 } : {}),
@@ -81,7 +83,7 @@
         font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 14, color: colour("ink") },
         hovermode: "closest", showlegend: false, dragmode: touch.matches ? false : "zoom",
         hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
-        xaxis: { ...axis, title: { text: x_title, standoff: 8 }, nticks: narrow ? 6 : 12, ...range(0) },
+        xaxis: { ...axis, title: { text: x_title, standoff: 8 }, nticks, ...(few && !zoomed ? { dtick: 1 } : {}), ...range(0) },
         yaxis: {
           ...axis, title: { text: y_title, standoff: 8 }, tickformat: FORMATS[form].axis,
           ...(form === "e" ? { type: "log", exponentformat: "power", minexponent: 0 } : { type: "linear" }), ...range(1),
@@ -115,18 +117,16 @@
       const { xaxis, yaxis } = plot._fullLayout;
       zoomed = xaxis.autorange && yaxis.autorange ? null : [[...xaxis.range], [...yaxis.range]];
     }));
-    return (forPrint) => {
-      printing = forPrint;
-      draw();
-    };
+    return draw;
   }
 
   const redraws = [...document.querySelectorAll(".chart")].map(chart);
   const redraw = (forPrint) => {
-    document.documentElement.classList.toggle("printing", forPrint);
-    for (const one of redraws) one(forPrint);
+    printing = forPrint;
+    document.documentElement.classList.toggle("printing", printing);
+    for (const draw of redraws) draw();
   };
-  dark.addEventListener("change", () => redraw(false));
+  dark.addEventListener("change", () => redraw(printing)); // which printing may set off itself
   addEventListener("beforeprint", () => redraw(true));
   addEventListener("afterprint", () => redraw(false));
 })();
