@@ -210,17 +210,28 @@ def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
     write_atomically(path, "".join(f"{text}\n" for text in texts))
 
 
-def take_over(path: Path, root: Path) -> list[str]:
-    """Makes run directories of a file of records; the ids of those that were not there yet.
+class KeptLine(NamedTuple):
+    """A finished run in a file of records."""
+
+    number: int  # of the line, from 1
+    config: RunConfig
+    line: RunLine
+
+
+def read_lines(path: Path) -> tuple[dict[str, Any], list[KeptLine]]:
+    """Reads a file of records: what its first line says, and the runs.
 
     Raises:
-        OutputError: a line is no finished run, its id is not that of its description, or nothing can be written.
+        OutputError: there is none, a line is no finished run, or its id is not that of its description.
     """
     try:
-        _, *texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        first, *texts = path.read_text(encoding="utf-8").splitlines()
+        head = json.loads(first)
+        if not isinstance(head, dict):
+            raise ValueError("its first line does not say by which command it was made")
+    except (OSError, ValueError) as error:
         raise OutputError(f"{path} is no file of records: {error}") from error
-    taken = []
+    kept = []
     for number, text in enumerate(texts, 2):
         try:
             line = RunLine.model_validate_json(text)
@@ -231,6 +242,18 @@ def take_over(path: Path, root: Path) -> list[str]:
             raise OutputError(f"{path}, line {number}: the description's id is {config.id}, not {line.id}")
         if [m.epoch for m in line.metrics] != list(range(1, config.epochs + 1)):
             raise OutputError(f"{path}, line {number}: {line.id} has not all of its {config.epochs} epochs")
+        kept.append(KeptLine(number, config, line))
+    return head, kept
+
+
+def take_over(path: Path, root: Path) -> list[str]:
+    """Makes run directories of a file of records; the ids of those that were not there yet.
+
+    Raises:
+        OutputError: a line is no finished run, its id is not that of its description, or nothing can be written.
+    """
+    taken = []
+    for _, config, line in read_lines(path)[1]:
         record = Record(config, root)
         if len(record.finished_epochs()) >= config.epochs:
             continue

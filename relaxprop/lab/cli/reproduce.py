@@ -1,7 +1,8 @@
 """Compute an experiment of the paper.
 
 May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data, lab.engines.grid, lab.engines.work,
-lab.experiments.conditions, lab.experiments.convergence, lab.experiments.paper.
+lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper,
+lab.report.html.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import Engine
 from relaxprop.lab.experiments.conditions import CLAIM, NOTES, RESULT, condition_runs, table, write_conditions
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
+from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
+from relaxprop.lab.report.html import write_report
 
 
 def _defaults(field: str) -> str:
@@ -144,6 +147,8 @@ def _reproduce(
     if figure == "demo":
         curves = convergence_by_step_size(loaded)
         paths += write_convergence(curves, loaded.title, folder, this_command())
+        found = gather([*(runs / config.id for config in configs), folder])
+        paths.append(write_report(found, folder / "report.html"))
     title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
     cells = table(rows)
     width = len(RESULT)

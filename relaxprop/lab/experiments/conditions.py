@@ -240,7 +240,8 @@ def write_conditions(
     command: str,
 ) -> tuple[list[Row], list[Path]]:
     """Writes the table, the figure and what they were made from; returns the rows and the files, the figure last."""
-    rows = summarise(experiment.of(dataset.name), names, runs, chance=_chance(dataset))
+    chance = _chance(dataset)
+    rows = summarise(experiment.of(dataset.name), names, runs, chance=chance)
     epochs, n = len(rows[0].accuracies), rows[0].accuracies[-1].n
     model = runs[0].config.model.upper()
     about = f"{dataset.title}, {model}, {epochs} epoch{'s' if epochs > 1 else ''}, n = {n} seed{'s' if n > 1 else ''}"
@@ -248,7 +249,7 @@ def write_conditions(
     files = {
         "table.md": f"{markdown_table(COLUMNS, table(rows))}\n{about}\n\n{notes}",
         "accuracy.csv": _accuracy_csv(rows),
-        "summary.json": json.dumps(_summary(rows, runs, command), indent=2) + "\n",
+        "summary.json": json.dumps(_summary(rows, runs, dataset, chance, command), indent=2) + "\n",
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
@@ -319,10 +320,13 @@ def _accuracy_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _summary(rows: Sequence[Row], runs: Sequence[FinishedRun], command: str) -> dict[str, Any]:
+def _summary(
+    rows: Sequence[Row], runs: Sequence[FinishedRun], dataset: Dataset, chance: float, command: str
+) -> dict[str, Any]:
     return {
         "command": command,
         "environment": environment(),
+        "data": {"title": dataset.title, "digest": dataset.digest, "chance": chance},
         "margin": MARGIN,
         "results": {
             row.name: {

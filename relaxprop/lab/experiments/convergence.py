@@ -68,7 +68,12 @@ def write_convergence(curves: Sequence[Convergence], title: str, folder: Path, c
             for step, (m, p) in enumerate(pairs):
                 writer.writerow((curve.solver.step_size, curve.solver.order, name, step, f"{m:.6e}", f"{p:.6e}"))
     write_atomically(folder / "convergence.csv", text.getvalue())
-    about = {"command": command, "environment": environment(), "largest_deviation": _largest_deviation(curves)}
+    about = {
+        "command": command,
+        "environment": environment(),
+        "title": title,
+        "largest_deviation": _largest_deviation(curves),
+    }
     write_atomically(folder / "convergence.json", json.dumps(about, indent=2) + "\n")
     figure = plots.convergence_curves(curves, title, folder / "convergence.png")
     return [folder / "convergence.csv", folder / "convergence.json", figure]
