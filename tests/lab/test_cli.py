@@ -20,7 +20,7 @@ from relaxprop.lab.cli.main import main
 from relaxprop.lab.cli.options import app
 from relaxprop.lab.experiments import convergence, paper
 
-COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
+COMMANDS = ("train", "reproduce", "report", "show", "convergence", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -275,6 +275,10 @@ def test_the_demo_prints_its_table_and_ends_with_its_paths(tmp_path: Path) -> No
     for name in ("table.md", "accuracy.csv", "summary.json", "accuracy.png", "convergence.png"):
         assert f"figures/demo-digits/{name}" in text
         assert (tmp_path / "figures" / "demo-digits" / name).stat().st_size > 0
+    assert text.rstrip().endswith("figures/demo-digits/report.html")
+    page = (tmp_path / "figures" / "demo-digits" / "report.html").read_text(encoding="utf-8")
+    assert "Convergence of the relaxation phase: digits" in page
+    assert page.count("update by update") == 5  # the locality of every condition but backpropagation
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     assert len(before) == 6
     assert invoke(*args)[0] == 0
