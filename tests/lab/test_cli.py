@@ -26,7 +26,7 @@ from relaxprop.lab.experiments import convergence, paper
 from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
 
-COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
+COMMANDS = ("train", "reproduce", "report", "show", "convergence", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +295,10 @@ def test_the_demo_prints_its_table_and_ends_with_its_paths(tmp_path: Path) -> No
     for name in ("table.md", "accuracy.csv", "summary.json", "accuracy.png", "convergence.png"):
         assert f"figures/demo-digits/{name}" in text
         assert (tmp_path / "figures" / "demo-digits" / name).stat().st_size > 0
+    assert text.rstrip().endswith("figures/demo-digits/report.html")
+    page = (tmp_path / "figures" / "demo-digits" / "report.html").read_text(encoding="utf-8")
+    assert "Convergence of the relaxation phase: digits" in page
+    assert page.count("update by update") == 5  # the locality of every condition but backpropagation
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     assert len(before) == 6
     assert invoke(*args)[0] == 0
