@@ -1,6 +1,7 @@
 """The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
 
-May import: public names, lab.config, lab.data, lab.models, lab.results, lab.store.
+May import: public names, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files, lab.models, lab.results,
+lab.store.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from relaxprop import (
     feedback_alignment,
 )
 from relaxprop.lab import models
-from relaxprop.lab.config import Loss, OptimizerName, RunConfig
+from relaxprop.lab.checkpoint import kept_checkpoint
+from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
+from relaxprop.lab.distributed import Group, this_group
+from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import AlignmentSample, EpochMetrics
 from relaxprop.lab.store import Opened, Record
 
@@ -76,6 +80,9 @@ def epochs(
 ) -> Generator[tuple[EpochMetrics, bool]]:
     """Trains a network as described, epoch by epoch: the metrics, and whether they were computed now.
 
+    In a process group (`distributed`), each process computes its share of every minibatch, and the first one keeps the
+    run. A folder of run directories is to be the same for all of them.
+
     Args:
         root: folder of run directories. A run that is finished there is not computed again, and one that was
             interrupted continues to the same metrics as if it had not been. None keeps nothing.
@@ -91,8 +98,13 @@ def epochs(
         raise DataError(
             f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
         )
+    group = this_group()
+    if group.size > 1:
+        _check_shared(config)
     record = Record(config, root) if root is not None else None
-    if record is not None and len(finished := record.finished_epochs()) >= config.epochs:
+    finished = record.finished_epochs() if record is not None and group.is_first else []
+    if group.agreed(len(finished)) >= config.epochs:
+        finished = finished if record is None or group.is_first else record.finished_epochs()
         yield from ((metrics, False) for metrics in finished[: config.epochs])
         return
     if not dataset.is_images and config.loss == "squared-error":
@@ -103,7 +115,7 @@ def epochs(
         dataset = dataset.signed()
     model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
     optimizer = OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
-    with _threads(config.threads), nullcontext(Opened([], None)) if record is None else record.opened() as opened:
+    with _threads(config.threads), _opened(record, group) as opened:
         model.to(device)
         if opened.checkpoint is not None:
             opened.checkpoint.load_into(model, optimizer)
@@ -118,12 +130,13 @@ def epochs(
                 frozen=config.frozen,
                 check_finite=check_finite,
             )
-            if record is not None:
+            if record is not None and group.is_first:
                 few = dataset.train.images[:2]
                 record.save_reports(
                     describe_locality(wrapped, few) if config.vertices != "operations" else None,
                     certificate(wrapped, few) if config.frozen.relaxation_derivative else None,
                 )
+        trained = group.spread(trained)
         found = list(opened.metrics)
         yield from ((metrics, False) for metrics in found[: config.epochs])
         rows = kept_samples(len(dataset.test), config)
@@ -132,19 +145,54 @@ def epochs(
             samples: list[AlignmentSample] = []
             start = time.perf_counter()
             with expected_transients():
-                loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append)
+                loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append, group)
             seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
             metrics = EpochMetrics(
                 epoch=epoch,
                 train_loss=loss,
-                test_accuracy=accuracy(model, test),
+                test_accuracy=accuracy(model, test, group=group, precision=config.precision),
                 seconds=seconds,
                 alignment=tuple(samples),
             )
             found.append(metrics)
-            if record is not None:
+            if record is not None and group.is_first:
                 record.save(found, model, optimizer)
             yield metrics, True
+
+
+@contextmanager
+def _opened(record: Record | None, group: Group) -> Iterator[Opened]:
+    """The run's directory, which the first process of the group opens for all."""
+    if record is None:
+        yield Opened([], None)
+    elif group.is_first:
+        with record.opened() as opened:
+            group.agreed(len(opened.metrics))
+            yield opened
+    else:
+        expected = group.agreed(0)
+        metrics, found = record.finished_epochs(), kept_checkpoint(record.path)
+        if len(metrics) != expected:
+            raise OutputError(
+                f"the run's folder {record.path} is not the same for all processes: name one by --runs that all "
+                "machines share"
+            )
+        yield Opened(metrics, found)
+
+
+def _check_shared(config: RunConfig) -> None:
+    """Refuse what depends on a minibatch as a whole.
+
+    Raises:
+        ModelError: if it does.
+    """
+    for name, given in (("order", "asynchronous"), ("tolerance", None)):
+        value = config.solver_options.get(name)
+        if (value == given) if given is not None else (value is not None):
+            raise models.ModelError(
+                f"{name} {value}: the relaxation of a minibatch's parts would differ from that of the whole; leave it "
+                "out, or compute the run in one process"
+            )
 
 
 @contextmanager
@@ -175,6 +223,7 @@ def train_epoch(
     config: RunConfig,
     epoch: int,
     on_alignment: Callable[[AlignmentSample], None] = lambda sample: None,
+    group: Group = Group(),  # noqa: B008 (a constant)
 ) -> float:
     """One pass over the training data; the mean loss per sample."""
     torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
@@ -185,19 +234,31 @@ def train_epoch(
     measure = LOSSES[config.loss]
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     count = 0
+    relaxed = model.module if group.size > 1 else model
     for i, rows in enumerate(minibatches(len(dataset.train), config, epoch)):
-        index = rows.to(targets.device)
-        inputs, wanted = dataset.train.images[index], targets[index]
-        if config.alignment_every and i % config.alignment_every == 0 and isinstance(model, ActivationRelaxation):
+        if config.alignment_every and i % config.alignment_every == 0 and isinstance(relaxed, ActivationRelaxation):
+            index = rows.to(targets.device)
             epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
-            on_alignment(_measure_alignment(model, measure, inputs, wanted, epochs))
-        loss = measure(model(inputs), wanted)
+            with autocast(config.precision, index.device):
+                sample = _measure_alignment(relaxed, measure, dataset.train.images[index], targets[index], epochs)
+            on_alignment(sample)
+        index = group.share(rows).to(targets.device)
+        inputs, wanted = dataset.train.images[index], targets[index]
+        with autocast(config.precision, index.device):
+            output = model(inputs)
+        loss = measure(output.float() if config.precision != "fp32" else output, wanted)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
         count += labels[index].numel()
-    return float(total) / count
+    total, number = group.total(total, torch.tensor(count, device=total.device))
+    return float(total) / int(number)
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, matrix products and convolutions are taken in the precision, and the relaxation phase after them."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _measure_alignment(
@@ -251,11 +312,20 @@ def _seed(config: RunConfig, epoch: int) -> int:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split, batch_size: int = 2000) -> float:
+def accuracy(
+    model: nn.Module,
+    split: Split,
+    batch_size: int = 2000,
+    *,
+    group: Group = Group(),  # noqa: B008 (a constant)
+    precision: Precision = "fp32",
+) -> float:
     """Share of the split's labels that are the likeliest by the model, in [0, 1]."""
     model.eval()
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     for start in range(0, len(split), batch_size):
-        rows = slice(start, start + batch_size)
-        correct += int((model(split.images[rows]).argmax(1) == split.labels[rows]).sum())
-    return correct / split.labels.numel()
+        rows = group.share(torch.arange(start, min(start + batch_size, len(split)), device=correct.device))
+        with autocast(precision, rows.device):
+            output = model(split.images[rows])
+        correct += (output.argmax(1) == split.labels[rows]).sum()
+    return int(*group.total(correct)) / split.labels.numel()

@@ -1,8 +1,8 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data, lab.engines.grid, lab.engines.work,
-lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper,
-lab.report.html.
+May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data, lab.distributed, lab.engines.grid,
+lab.engines.work, lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered,
+lab.experiments.paper, lab.report.html.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from relaxprop.lab.cli.options import (
 )
 from relaxprop.lab.cli.progress import GridProgress
 from relaxprop.lab.data import Dataset
+from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import Engine
 from relaxprop.lab.experiments.conditions import CLAIM, NOTES, RESULT, condition_runs, table, write_conditions
@@ -84,6 +85,12 @@ def reproduce(
 
     Backpropagation, Activation Relaxation, and Activation Relaxation under each of the experiment's conditions.
     """
+    if is_started_by_torchrun():
+        raise typer.BadParameter(
+            "torchrun makes several processes compute one run: use it with relaxprop train, and --workers or --engine "
+            "ray here",
+            param_hint="reproduce",
+        )
     find_device(device)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
     experiment = EXPERIMENTS[figure]

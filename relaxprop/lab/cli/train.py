@@ -1,7 +1,7 @@
 """Train one network.
 
 May import: public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options, lab.config,
-lab.experiments.conditions, lab.results, lab.training.
+lab.distributed, lab.experiments.conditions, lab.results, lab.training.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from relaxprop.lab.cli.options import (
     spoken,
     usage_errors,
 )
-from relaxprop.lab.config import Loss, OptimizerName, Rule, RunConfig, default_solver
+from relaxprop.lab.config import Loss, OptimizerName, Precision, Rule, RunConfig, default_solver
+from relaxprop.lab.distributed import joined
 from relaxprop.lab.experiments.conditions import as_the_code_has_it
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.training import train as train_network
@@ -124,6 +125,9 @@ def train(
     alignment_every: AlignmentOption = 0,
     as_coded: AsCodedOption = False,
     threads: ThreadsOption = 1,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16: matrix products and convolutions, and the relaxation of what they give.")
+    ] = "fp32",
     data_dir: DataDirOption = None,
     image_column: ImageColumnOption = None,
     label_column: LabelColumnOption = None,
@@ -131,7 +135,10 @@ def train(
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
 ) -> None:
-    """Train one network. The defaults are the paper's settings."""
+    """Train one network. The defaults are the paper's settings.
+
+    Under torchrun, all its processes train it together: torchrun --nproc-per-node 2 -m relaxprop train …
+    """
     options = {
         "step_size": step_size,
         "num_steps": num_steps,
@@ -158,6 +165,7 @@ def train(
         learning_rate=learning_rate,
         alignment_every=alignment_every,
         threads=threads,
+        precision=precision,
         as_coded=as_coded,
     )
     loaded = load_dataset(dataset, data_dir, runs, image_column=image_column, label_column=label_column, colour=colour)
@@ -171,8 +179,11 @@ def train(
         )
 
     path = runs / config.id
-    with says_what_is_kept(f"the finished epochs are in {path}"):
-        metrics = train_network(config, loaded, root=runs, device=find_device(device), on_epoch=show)
+    on_device = find_device(device)
+    with says_what_is_kept(f"the finished epochs are in {path}"), joined(on_device) as group:
+        metrics = train_network(config, loaded, root=runs, device=on_device, on_epoch=show if group.is_first else None)
+    if not group.is_first:
+        return
     accuracy = 100 * metrics[-1].test_accuracy
     console.print(f"test accuracy {accuracy:.2f} % after {epochs} epochs; the run is in {path}", soft_wrap=True)
 
