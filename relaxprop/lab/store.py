@@ -12,7 +12,7 @@ one file, a line for each, without weights; `take_over` makes run directories of
 
 Every file is written under another name and then renamed, so that an interrupted run leaves whole files.
 
-May import: public names, lab.config, lab.environment, lab.results.
+May import: public names, lab.config, lab.environment, lab.errors, lab.results.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from relaxprop import (
     Locality,
+    __version__,
 )
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.environment import environment
-from relaxprop.lab.results import EpochMetrics, RunLine
+from relaxprop.lab.errors import OutputError as OutputError  # who catches it knows this room
+from relaxprop.lab.results import EpochMetrics, FinishedRun, Head, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
 _OPTIMIZER = "optimizer state: "  # before the names of the optimiser's tensors in a checkpoint
-
-
-class OutputError(Exception):
-    """A folder or file for results cannot be written."""
 
 
 class Record:
@@ -142,34 +140,75 @@ class Record:
             raise OutputError(f"cannot write to {self.path}: {error.strerror or error}") from error
 
 
-def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
-    """Writes a file of records: its first line says by which command they were made."""
-    head = json.dumps({"command": command, "runs": len(lines)})
-    texts = [head, *(line.model_dump_json(exclude_defaults=True) for line in lines)]
+def write_lines(path: Path, head: Head, lines: Sequence[RunLine]) -> None:
+    """Writes a file of records: its first line says what the others are."""
+    first = json.dumps(head.model_dump(mode="json", exclude_unset=True), ensure_ascii=False)
+    texts = [first, *(line.model_dump_json(exclude_defaults=True) for line in lines)]
     write_atomically(path, "".join(f"{text}\n" for text in texts))
+
+
+class Records(NamedTuple):
+    """A file of records, read."""
+
+    head: Head
+    conditions: list[str | None]  # of the runs
+    runs: list[FinishedRun]
+
+
+def read_lines(path: Path) -> Records:
+    """Reads a file of records.
+
+    Raises:
+        OutputError: the file cannot be read, a line is no finished run or one of another format, its id is not that of
+            its description, or lines are missing.
+    """
+    try:
+        first, *texts = path.read_text(encoding="utf-8").splitlines()
+        head = Head.model_validate_json(first)
+    except OSError as error:
+        raise OutputError(f"{path} is no file of records: {error.strerror or error}") from error
+    except ValueError as error:  # of a first line that is missing or another
+        raise OutputError(f"{path} is no file of records: {first_reason(error)}") from error
+    conditions, runs = [], []
+    for number, text in enumerate(texts, 2):
+        try:
+            line = RunLine.model_validate_json(text)
+            config = RunConfig.model_validate(line.config)
+        except ValueError as error:
+            raise OutputError(
+                f"{path}, line {number} is no run, or one of another format than relaxprop {__version__}'s: "
+                f"{first_reason(error)}"
+            ) from error
+        if config.id != line.id:
+            raise OutputError(f"{path}, line {number}: the description's id is {config.id}, not {line.id}")
+        if [m.epoch for m in line.metrics] != list(range(1, config.epochs + 1)):
+            raise OutputError(f"{path}, line {number}: {line.id} has not all of its {config.epochs} epochs")
+        conditions.append(line.condition)
+        runs.append(FinishedRun(config, list(line.metrics), line.environment))
+    if len(runs) != head.runs:
+        raise OutputError(f"{path} has {len(runs)} runs, and its first line says {head.runs}: fetch the file again")
+    return Records(head, conditions, runs)
+
+
+def first_reason(error: ValueError) -> str:
+    """Of a description that is refused: which field, why, and the value."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    field = ".".join(map(str, first["loc"]))
+    given = f", got {first['input']!r}" if field and first["type"] != "missing" else ""
+    return f"{field}: {message}{given}" if field else message
 
 
 def take_over(path: Path, root: Path) -> list[str]:
     """Makes run directories of a file of records; the ids of those that were not there yet.
 
     Raises:
-        OutputError: a line is no finished run, its id is not that of its description, or nothing can be written.
+        OutputError: as `read_lines`, or nothing can be written.
     """
-    try:
-        _, *texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise OutputError(f"{path} is no file of records: {error}") from error
     taken = []
-    for number, text in enumerate(texts, 2):
-        try:
-            line = RunLine.model_validate_json(text)
-            config = RunConfig.model_validate(line.config)
-        except ValueError as error:
-            raise OutputError(f"{path}, line {number} is no run: {str(error).splitlines()[0]}") from error
-        if config.id != line.id:
-            raise OutputError(f"{path}, line {number}: the description's id is {config.id}, not {line.id}")
-        if [m.epoch for m in line.metrics] != list(range(1, config.epochs + 1)):
-            raise OutputError(f"{path}, line {number}: {line.id} has not all of its {config.epochs} epochs")
+    for config, metrics, where in read_lines(path).runs:
         record = Record(config, root)
         if len(record.finished_epochs()) >= config.epochs:
             continue
@@ -177,9 +216,9 @@ def take_over(path: Path, root: Path) -> list[str]:
             raise OutputError(f"{record.path} holds an unfinished run with weights: name another folder by --runs")
         check_writable(record.path)
         write_atomically(record.path / "config.json", config.model_dump_json(indent=2) + "\n")
-        write_atomically(record.path / "environment.json", json.dumps(line.environment, indent=2) + "\n")
-        write_atomically(record.path / "metrics.jsonl", _metrics_lines(line.metrics))
-        taken.append(line.id)
+        write_atomically(record.path / "environment.json", json.dumps(where, indent=2) + "\n")
+        write_atomically(record.path / "metrics.jsonl", _metrics_lines(metrics))
+        taken.append(config.id)
     return taken
 
 
@@ -219,7 +258,7 @@ def read_run(path: Path) -> KeptRun:
         others = f"; in {path.parent} are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else ""
         raise OutputError(f"no run in {path}: {Path(error.filename).name} is missing{others}") from error
     except ValueError as error:
-        raise OutputError(f"the run in {path} is damaged ({str(error).splitlines()[0]})") from error
+        raise OutputError(f"the run in {path} is damaged, or of another format ({first_reason(error)})") from error
 
 
 def _checkpoint_epoch(path: Path) -> int:

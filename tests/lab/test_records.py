@@ -11,7 +11,7 @@ from relaxprop.lab import data
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.engines.serial import run_all
-from relaxprop.lab.results import RunLine
+from relaxprop.lab.results import Head, RunLine
 from relaxprop.lab.store import OutputError, read_run, take_over, write_lines
 
 
@@ -26,7 +26,7 @@ def lines_of(digits: Dataset, root: Path, path: Path) -> list[str]:
     """Two finished runs, kept as a file; its lines."""
     configs = [RunConfig(epochs=2, seed=0), RunConfig(epochs=2, seed=0, rule="backprop")]
     runs = run_all(configs, digits, root=root)
-    write_lines(path, "relaxprop reproduce demo", [RunLine.of(r.config, dict(r.environment), r.metrics) for r in runs])
+    write_lines(path, Head(command="relaxprop reproduce demo", runs=2), [RunLine.of(run) for run in runs])
     return path.read_text().splitlines()
 
 

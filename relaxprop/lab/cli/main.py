@@ -1,7 +1,7 @@
 """The command line: its commands, and how errors end it.
 
-May import: public names, lab.cli.measure, lab.cli.options, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data,
-lab.models, lab.store.
+May import: public names, lab.cli.measure, lab.cli.options, lab.cli.records, lab.cli.reproduce, lab.cli.runs,
+lab.cli.train, lab.data, lab.models, lab.store.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from relaxprop import (
 )
 from relaxprop.lab.cli.measure import bench, convergence, defaults, depth, gradients
 from relaxprop.lab.cli.options import app, console, errors
+from relaxprop.lab.cli.records import compare, export, power, runs, table
 from relaxprop.lab.cli.reproduce import reproduce
 from relaxprop.lab.cli.runs import show, take_over
 from relaxprop.lab.cli.train import train
@@ -25,7 +26,10 @@ from relaxprop.lab.store import OutputError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (train, reproduce, convergence, gradients, depth, defaults, take_over, show, bench)
+COMMANDS = (
+    train, reproduce, convergence, gradients, depth, defaults, take_over, show, runs, export, compare, power, table,
+    bench,
+)  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
 

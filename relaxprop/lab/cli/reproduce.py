@@ -1,13 +1,12 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.options, lab.data, lab.engines.serial, lab.experiments.conditions, lab.experiments.convergence,
-lab.experiments.paper.
+May import: lab.cli.options, lab.cli.records, lab.data, lab.engines.serial, lab.experiments.conditions,
+lab.experiments.convergence, lab.experiments.paper, lab.experiments.records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,21 +18,21 @@ from relaxprop.lab.cli.options import (
     DataDirOption,
     DeviceOption,
     RunsOption,
-    console,
     find_device,
     load_dataset,
     print_paths,
-    print_table,
     progress_bar,
     says_what_is_kept,
     this_command,
     usage_errors,
 )
+from relaxprop.lab.cli.records import print_figure
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engines.serial import run_all
-from relaxprop.lab.experiments.conditions import CLAIM, NOTES, RESULT, condition_runs, table, write_conditions
+from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
+from relaxprop.lab.experiments.records import as_coded_title, write_conditions
 
 
 def _defaults(field: str) -> str:
@@ -100,7 +99,7 @@ def _reproduce(
     """A figure on one data set."""
     experiment = EXPERIMENTS[figure]
     if as_coded:
-        experiment = replace(experiment, title=f"{experiment.title}, as coded")
+        experiment = as_coded_title(experiment)
     epochs, on_device = epochs or experiment.epochs, find_device(device)
     planned = condition_runs(
         experiment,
@@ -125,16 +124,9 @@ def _reproduce(
             on_start=lambda c: progress.update(task, description=f"{labels[c.id]}, seed {c.seed}"),
             on_epoch=lambda n: progress.advance(task, n),
         )
-    rows, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
+    shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
     if figure == "demo":
         curves = convergence_by_step_size(loaded)
         paths += write_convergence(curves, loaded.title, folder, this_command())
-    title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
-    cells = table(rows)
-    width = len(RESULT)
-    print_table(title, RESULT, [cell[:width] for cell in cells])
-    compared = [(row.name, *cell[width:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
-    print_table("the paper's claims", ("condition", *CLAIM), compared)
-    for note in NOTES:
-        console.print(note, soft_wrap=True, highlight=False)
+    print_figure(shown)
     print_paths(paths)
