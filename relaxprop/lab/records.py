@@ -131,14 +131,15 @@ def find(paths: Sequence[Path]) -> Found:
     return found
 
 
-def _within(folder: Path) -> Iterator[tuple[Callable[[str], list[Run]], str]]:
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        if "config.json" in files:
-            folders.clear()
-            yield lambda path: [_from_directory(path)], parent
-        elif RECORDS in files:
-            yield _from_file, os.path.join(parent, RECORDS)
+def _within(folder: Path | str) -> Iterator[tuple[Callable[[str], list[Run]], str]]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name == RECORDS:
+            yield _from_file, entry.path
+        elif entry.is_dir(follow_symlinks=False):
+            if os.path.exists(os.path.join(entry.path, "config.json")):
+                yield lambda path: [_from_directory(path)], entry.path
+            else:
+                yield from _within(entry.path)
 
 
 def _from_directory(path: str) -> Run:
@@ -147,16 +148,16 @@ def _from_directory(path: str) -> Run:
             config = from_json(file.read())
         try:
             with open(os.path.join(path, "metrics.jsonl"), "rb") as file:
-                texts = file.read().splitlines()
+                text = file.read().rstrip()
         except FileNotFoundError:  # of a run whose first epoch is not done
-            texts = []
-        last = from_json(texts[-1]) if texts else None
+            text = b""
+        last = from_json(text[text.rfind(b"\n") + 1 :]) if text else None
     except (OSError, ValueError) as error:
         raise OutputError(f"the run in {path} is damaged: {error}") from error
 
     def metrics() -> list[dict[str, Any]]:
         try:
-            return [_epoch(from_json(text), path) for text in texts]
+            return [_epoch(from_json(line), path) for line in text.splitlines()]
         except ValueError as error:
             raise OutputError(f"the run in {path} is damaged: {error}") from error
 
@@ -169,7 +170,7 @@ def _from_directory(path: str) -> Run:
         except (OSError, ValueError) as error:
             raise OutputError(f"the run in {path} is damaged: {error}") from error
 
-    return _run(os.path.basename(path), path, None, config, len(texts), last, metrics, environment)
+    return _run(os.path.basename(path), path, None, config, text.count(b"\n") + bool(text), last, metrics, environment)
 
 
 def _from_file(path: str) -> list[Run]:

@@ -21,8 +21,8 @@ from scipy import special
 
 Claim = Literal["equivalent", "worse", "destroyed"]
 MARGIN = 0.01  # test accuracies that differ by less are equivalent: one margin for all conditions and data
-CONFIDENCE = 0.95
-LEVEL = (1 - CONFIDENCE) / 2  # of each one-sided test
+LEVEL = 0.025  # of each one-sided test
+CONFIDENCE = 1 - 2 * LEVEL
 PROBABILITY = 0.8  # with which so many seeds decide
 MOST_SEEDS = 1_000_000
 

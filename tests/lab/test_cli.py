@@ -20,7 +20,9 @@ from relaxprop.lab.cli.main import main
 from relaxprop.lab.cli.options import app
 from relaxprop.lab.experiments import convergence, paper
 
-COMMANDS = ("train", "reproduce", "show", "convergence", "bench")
+COMMANDS = (
+    "train", "reproduce", "show", "convergence", "bench", "runs", "export", "compare", "power", "table",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

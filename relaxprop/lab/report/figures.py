@@ -104,11 +104,10 @@ def write_figure(folder: Path) -> tuple[Figure, list[Path]]:
     """
     figure = read_figure(folder)
     rows = figure.rows
-    listed = "".join(f"* {note}\n" for note in notes(rows, figure.chance))
     files = {
-        "table.md": f"{markdown_table(COLUMNS, table(rows))}\n{figure.about}\n\n{listed}",
+        "table.md": table_document(figure),
         "accuracy.csv": _accuracy_csv(rows),
-        "summary.json": json.dumps(_summary(figure), indent=2) + "\n",
+        "summary.json": json.dumps(summary(figure), indent=2) + "\n",
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
@@ -171,7 +170,14 @@ def _accuracy_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _summary(figure: Figure) -> dict[str, Any]:
+def table_document(figure: Figure) -> str:
+    """The table with what it is about and what its columns mean."""
+    listed = "".join(f"* {note}\n" for note in notes(figure.rows, figure.chance))
+    return f"{markdown_table(COLUMNS, table(figure.rows))}\n{figure.about}\n\n{listed}"
+
+
+def summary(figure: Figure) -> dict[str, Any]:
+    """The results in full, what their verdicts rest on, and the runs that they are of."""
     return {
         "command": figure.command,
         "environments": _environments(figure.runs),
