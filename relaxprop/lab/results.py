@@ -5,13 +5,14 @@ May import: lab.config, lab.stats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from relaxprop.lab.config import OptimizerName, RunConfig
-from relaxprop.lab.stats import Mean
+from relaxprop.lab.stats import Claim, Mean
 
 Reduction = Literal["mean", "sum"]
 
@@ -42,21 +43,59 @@ class EpochMetrics(BaseModel):
     alignment: tuple[AlignmentSample, ...] = ()
 
 
+BASELINE, REFERENCE = "baseline", "backprop"  # the conditions that others are compared with
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A condition of an experiment, as its results name it.
+
+    Attributes:
+        title: what is changed.
+        claim: the paper's, of its final accuracy beside that of ``versus``.
+        versus: the condition that it is compared with.
+    """
+
+    title: str
+    claim: Claim = "equivalent"
+    versus: str = BASELINE
+
+
+class Head(BaseModel):
+    """The first line of a file of records. What an older file does not have is None, or empty."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    command: str  # that made them
+    runs: int = Field(ge=0)  # lines that follow
+    experiment: str | None = None  # its title
+    dataset: str | None = None  # its title, with the sizes where it is a part
+    chance: float | None = Field(default=None, ge=0, le=1)  # test accuracy of naming the most frequent class
+    conditions: dict[str, Compared] = Field(default_factory=dict)  # by name, in the table's order
+
+
 class RunLine(BaseModel):
     """A finished run as a line of a file of records."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     id: str
+    condition: str | None = None  # its name in the experiment, where it has been computed for one
     config: dict[str, Any]
     environment: dict[str, Any]
     metrics: tuple[EpochMetrics, ...]
 
     @classmethod
-    def of(cls, config: RunConfig, environment: dict[str, Any], metrics: Sequence[EpochMetrics]) -> RunLine:
+    def of(cls, run: FinishedRun, condition: str | None = None) -> RunLine:
         """The line of a run."""
-        described = config.model_dump(mode="json")
-        return cls(id=config.id, config=described, environment=environment, metrics=tuple(metrics))
+        config, metrics, environment = run
+        return cls(
+            id=config.id,
+            condition=condition,
+            config=config.model_dump(mode="json"),
+            environment=dict(environment),
+            metrics=tuple(metrics),
+        )
 
 
 class FinishedRun(NamedTuple):

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,12 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
 from relaxprop import (
     Locality,
+    __version__,
 )
 from relaxprop.lab.checkpoint import (
     LATEST,
@@ -47,7 +48,7 @@ from relaxprop.lab.checkpoint import (
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.environment import environment
 from relaxprop.lab.files import OutputError, check_writable, remove_partial, write_atomically
-from relaxprop.lab.results import EpochMetrics, RunLine
+from relaxprop.lab.results import EpochMetrics, FinishedRun, Head, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
@@ -184,7 +185,7 @@ class Record:
         # Last: an epoch counts as finished only once its weights are there.
         save_checkpoint(self.path, metrics, model, optimizer)
 
-    def keep_finished(self, where: dict[str, Any], metrics: Sequence[EpochMetrics]) -> None:
+    def keep_finished(self, where: Mapping[str, Any], metrics: Sequence[EpochMetrics]) -> None:
         """Keeps a finished run that was computed elsewhere, without weights.
 
         Raises:
@@ -192,7 +193,7 @@ class Record:
         """
         check_writable(self.path)
         write_atomically(self.path / "config.json", self.config.model_dump_json(indent=2) + "\n")
-        write_atomically(self.path / "environment.json", json.dumps(where, indent=2) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(dict(where), indent=2) + "\n")
         write_atomically(self.path / "metrics.jsonl", metrics_lines(metrics))
 
 
@@ -203,64 +204,82 @@ def _holder(lock: Path) -> str:
         return "another process"
 
 
-def write_lines(path: Path, command: str, lines: Sequence[RunLine]) -> None:
-    """Writes a file of records: its first line says by which command they were made."""
-    head = json.dumps({"command": command, "runs": len(lines)})
-    texts = [head, *(line.model_dump_json(exclude_defaults=True) for line in lines)]
+def write_lines(path: Path, head: Head, lines: Sequence[RunLine]) -> None:
+    """Writes a file of records: its first line says what the others are."""
+    first = json.dumps(head.model_dump(mode="json", exclude_unset=True), ensure_ascii=False)
+    texts = [first, *(line.model_dump_json(exclude_defaults=True) for line in lines)]
     write_atomically(path, "".join(f"{text}\n" for text in texts))
 
 
-class KeptLine(NamedTuple):
-    """A finished run in a file of records."""
+class Records(NamedTuple):
+    """A file of records, read."""
 
-    number: int  # of the line, from 1
-    config: RunConfig
-    line: RunLine
+    head: Head
+    conditions: list[str | None]  # of the runs
+    runs: list[FinishedRun]
 
 
-def read_lines(path: Path) -> tuple[dict[str, Any], list[KeptLine]]:
-    """Reads a file of records: what its first line says, and the runs.
+def read_lines(path: Path) -> Records:
+    """Reads a file of records.
 
     Raises:
-        OutputError: there is none, a line is no finished run, or its id is not that of its description.
+        OutputError: the file cannot be read, a line is no finished run or one of another format, its id is not that of
+            its description, or lines are missing.
     """
     try:
         first, *texts = path.read_text(encoding="utf-8").splitlines()
-        head = json.loads(first)
-        if not isinstance(head, dict):
-            raise ValueError("its first line does not say by which command it was made")
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is no file of records: {error}") from error
-    kept = []
+        head = Head.model_validate_json(first)
+    except OSError as error:
+        raise OutputError(f"{path} is no file of records: {error.strerror or error}") from error
+    except ValueError as error:  # of a first line that is missing or another
+        raise OutputError(f"{path} is no file of records: {first_reason(error)}") from error
+    conditions, runs = [], []
     for number, text in enumerate(texts, 2):
         try:
             line = RunLine.model_validate_json(text)
             config = RunConfig.model_validate(line.config)
         except ValueError as error:
-            raise OutputError(f"{path}, line {number} is no run: {str(error).splitlines()[0]}") from error
+            raise OutputError(
+                f"{path}, line {number} is no run, or one of another format than relaxprop {__version__}'s: "
+                f"{first_reason(error)}"
+            ) from error
         if config.id != line.id:
             raise OutputError(f"{path}, line {number}: the description's id is {config.id}, not {line.id}")
         if [m.epoch for m in line.metrics] != list(range(1, config.epochs + 1)):
             raise OutputError(f"{path}, line {number}: {line.id} has not all of its {config.epochs} epochs")
-        kept.append(KeptLine(number, config, line))
-    return head, kept
+        conditions.append(line.condition)
+        runs.append(FinishedRun(config, list(line.metrics), line.environment))
+    if len(runs) != head.runs:
+        raise OutputError(f"{path} has {len(runs)} runs, and its first line says {head.runs}: fetch the file again")
+    return Records(head, conditions, runs)
+
+
+def first_reason(error: ValueError) -> str:
+    """Of a description that is refused: which field, why, and the value."""
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0]
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    field = ".".join(map(str, first["loc"]))
+    given = f", got {first['input']!r}" if field and first["type"] != "missing" else ""
+    return f"{field}: {message}{given}" if field else message
 
 
 def take_over(path: Path, root: Path) -> list[str]:
     """Makes run directories of a file of records; the ids of those that were not there yet.
 
     Raises:
-        OutputError: a line is no finished run, its id is not that of its description, or nothing can be written.
+        OutputError: as `read_lines`, or nothing can be written.
     """
     taken = []
-    for _, config, line in read_lines(path)[1]:
+    for config, metrics, where in read_lines(path).runs:
         record = Record(config, root)
         if len(record.finished_epochs()) >= config.epochs:
             continue
         if (record.path / LATEST).exists():
             raise OutputError(f"{record.path} holds an unfinished run with weights: name another folder by --runs")
-        record.keep_finished(line.environment, line.metrics)
-        taken.append(line.id)
+        record.keep_finished(where, metrics)
+        taken.append(config.id)
     return taken
 
 
@@ -296,4 +315,4 @@ def read_run(path: Path) -> KeptRun:
         others = f"; in {path.parent} are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else ""
         raise OutputError(f"no run in {path}: {Path(error.filename).name} is missing{others}") from error
     except ValueError as error:
-        raise OutputError(f"the run in {path} is damaged ({str(error).splitlines()[0]})") from error
+        raise OutputError(f"the run in {path} is damaged, or of another format ({first_reason(error)})") from error

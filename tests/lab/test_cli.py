@@ -26,7 +26,9 @@ from relaxprop.lab.experiments import convergence, paper
 from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
 
-COMMANDS = ("train", "reproduce", "report", "show", "convergence", "bench")
+COMMANDS = (
+    "train", "reproduce", "report", "show", "convergence", "bench", "runs", "export", "compare", "power", "table",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

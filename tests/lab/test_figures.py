@@ -14,7 +14,8 @@ from matplotlib import pyplot as plt
 from relaxprop.lab import data, stats
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.engines.grid import run_all
-from relaxprop.lab.experiments import conditions, convergence, paper
+from relaxprop.lab.experiments import conditions, convergence, paper, records
+from relaxprop.lab.report import claims, figures
 from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun
 
 
@@ -88,8 +89,8 @@ def runs() -> list[FinishedRun]:
 
 
 def test_the_table_and_the_paired_differences() -> None:
-    rows = conditions.summarise(paper.UNFROZEN, NAMES, runs(), chance=0.1)
-    assert [row[:5] for row in conditions.table(rows)] == [
+    rows = claims.summarise(paper.UNFROZEN, NAMES, runs(), chance=0.1)
+    assert [row[:5] for row in claims.table(rows)] == [
         ("Backpropagation", "87.00 ± 2.00", "2", "4.0", "1.0×"),
         ("Activation Relaxation", "85.00 ± 5.00", "2", "6.0", "1.5×"),
         ("d: presynaptic x in the update", "11.00 ± 1.00", "2", "8.0", "2.0×"),
@@ -107,7 +108,7 @@ def test_the_table_and_the_paired_differences() -> None:
 def test_a_figures_files_hold_its_results(tmp_path: Path) -> None:
     digits = data.load("digits")
     demo = paper.EXPERIMENTS["demo"]
-    _, written = conditions.write_conditions(demo, NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
+    _, written = records.write_conditions(demo, NAMES, runs(), digits, tmp_path, "relaxprop reproduce demo")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["command"] == "relaxprop reproduce demo"
@@ -207,14 +208,14 @@ def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
         return FinishedRun(run.config, metrics, run.environment)
 
     with_alignment = [measured(run, 0.02 * (i // 3)) for i, run in enumerate(runs())]
-    curves = conditions.alignment_curves(NAMES, with_alignment)
+    curves = figures.alignment_curves(NAMES, with_alignment)
     assert curves.keys() == {"baseline", "d"}
     weight = curves["d"].gradients["linear1.weight"]
     assert weight.epochs == (0, 0.5, 1, 1.5)
     assert weight.cosines[0].mean == pytest.approx(0.91)
     assert weight.cosines[0].standard_error == pytest.approx(0.01)  # of 0.90 and 0.92: 0.02 / √2 over √2
     assert [m.mean for m in curves["d"].feedback["linear1"].cosines] == pytest.approx([0, 0.1, 0, 0.1])
-    _, written = conditions.write_conditions(DEMO, NAMES, with_alignment, data.load("digits"), tmp_path, "command")
+    _, written = records.write_conditions(DEMO, NAMES, with_alignment, data.load("digits"), tmp_path, "command")
     assert {"alignment.csv", "alignment.png"} <= {path.name for path in written}
     rows = list(csv.DictReader((tmp_path / "alignment.csv").read_text().splitlines()))
     assert len(rows) == 2 * 3 * 4  # conditions × quantities × measurements
@@ -224,8 +225,8 @@ def test_the_figure_and_table_of_alignment(tmp_path: Path) -> None:
 
 
 def test_there_is_no_figure_of_alignment_where_none_was_measured(tmp_path: Path) -> None:
-    assert conditions.alignment_curves(NAMES, runs()) == {}
-    _, written = conditions.write_conditions(DEMO, NAMES, runs(), data.load("digits"), tmp_path, "command")
+    assert figures.alignment_curves(NAMES, runs()) == {}
+    _, written = records.write_conditions(DEMO, NAMES, runs(), data.load("digits"), tmp_path, "command")
     assert not any("alignment" in path.name for path in written)
 
 

@@ -13,7 +13,7 @@ from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.files import OutputError
-from relaxprop.lab.results import RunLine
+from relaxprop.lab.results import Head, RunLine
 from relaxprop.lab.store import read_run, take_over, write_lines
 
 
@@ -28,7 +28,7 @@ def lines_of(digits: Dataset, root: Path, path: Path) -> list[str]:
     """Two finished runs, kept as a file; its lines."""
     configs = [RunConfig(epochs=2, seed=0), RunConfig(epochs=2, seed=0, rule="backprop")]
     runs = run_all(configs, digits, root=root)
-    write_lines(path, "relaxprop reproduce demo", [RunLine.of(r.config, dict(r.environment), r.metrics) for r in runs])
+    write_lines(path, Head(command="relaxprop reproduce demo", runs=2), [RunLine.of(run) for run in runs])
     return path.read_text().splitlines()
 
 

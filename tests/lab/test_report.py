@@ -23,8 +23,9 @@ from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.experiments import conditions, paper
 from relaxprop.lab.experiments.gathered import KNOWN, gather
 from relaxprop.lab.files import OutputError
+from relaxprop.lab.report import claims
 from relaxprop.lab.report.html import page, write_report
-from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun, RunLine
+from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun, Head, RunLine
 from relaxprop.lab.store import write_lines
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -67,7 +68,7 @@ def planned(seeds: int = 3, epochs: int = 4) -> list[tuple[str, FinishedRun]]:
 
 def write_records(path: Path, runs: list[FinishedRun], command: str = "relaxprop reproduce demo") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(path, command, [RunLine.of(run.config, dict(run.environment), run.metrics) for run in runs])
+    write_lines(path, Head(command=command, runs=len(runs)), [RunLine.of(run) for run in runs])
     return path
 
 
@@ -156,11 +157,11 @@ def test_the_claims_and_costs_are_those_of_the_figures_table(tmp_path: Path) -> 
     runs = planned()
     text = page_of(write_records(tmp_path / "runs.jsonl", [run for _, run in runs]))
     names, finished = zip(*runs, strict=True)
-    rows = conditions.summarise(paper.UNFROZEN, names, finished, chance=37 / 360)
+    rows = claims.summarise(paper.UNFROZEN, names, finished, chance=37 / 360)
     ours = cells(text, "Claims and results")[1:]
     assert len(ours) == len(rows) == 6
     for (label, claim, verdict, accuracy, difference, interval, versus, n), row in zip(
-        ours, conditions.table(rows), strict=True
+        ours, claims.table(rows), strict=True
     ):
         assert (label, accuracy, n, difference, interval) == (row[0], row[1], row[2], row[5], row[6])
         assert verdict.lstrip("✓✗? ") == row[8]
@@ -175,7 +176,7 @@ def test_a_kept_figure_has_the_numbers_of_its_table() -> None:
     table = [[c.strip() for c in line.split("|")[1:-1]] for line in
              (RESULTS / "figure1-b-d" / "table.md").read_text().split("\n\n")[0].splitlines()[2:]]  # fmt: skip
     ours = cells(text, "Claims and results")[1:]
-    table = [row for row in table if len(row) == 9]
+    table = [row for row in table if len(row) == 10]
     assert [(o[0], o[3], o[7], o[4], o[5]) for o in ours] == [(t[0], t[1], t[2], t[5], t[6]) for t in table]
     assert [o[2].lstrip("✓✗? ") for o in ours] == [t[8] for t in table]
     assert "The paper's Figure 1: mnist, MLP, 30 epochs" in html.unescape(text)
@@ -285,8 +286,8 @@ def test_a_verdict_needs_to_know_what_guessing_reaches(tmp_path: Path) -> None:
     ]
     file = write_records(tmp_path / "runs.jsonl", runs)
     assert "open: the accuracy of guessing is not known for these data" in page_of(file)
-    summary = {"data": {"title": "leaves", "digest": "0123456789", "chance": 0.1}}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    head = Head(command="relaxprop reproduce demo", runs=len(runs), dataset="leaves", chance=0.1)
+    write_lines(file, head, [RunLine.of(run) for run in runs])
     assert "not known" not in page_of(file)
 
 
@@ -337,7 +338,6 @@ def test_the_command_prints_the_path_and_replaces_what_was_there(records: Path, 
         (["damaged.jsonl"], "damaged.jsonl, line 2 is no run"),
         (["curves"], "curves/convergence.csv, line 3 is damaged"),
         (["headless"], "headless/convergence.json is damaged"),
-        (["summary"], "summary/summary.json is damaged"),
         (["kept", "--out", "empty"], "empty is a folder: name a file for the report, as in empty/report.html"),
         (["kept", "--out", "notes.txt/report.html"], "cannot write notes.txt/report.html"),
     ],
@@ -354,15 +354,13 @@ def test_errors_are_one_line(
         path.unlink()  # which would hold the metrics too
     Path("damaged/run/metrics.jsonl").write_text("{")
     Path("halved/run/config.json").unlink()
-    Path("damaged.jsonl").write_text('{"command": "x"}\n{\n')
+    Path("damaged.jsonl").write_text('{"command": "x", "runs": 1}\n{\n')
     write_curves(Path("curves"), "digits")
     Path("curves/convergence.csv").write_text(
         "step_size,order,parameter,steps,measured,predicted\n0.1,s,w,0,1,1\n0.1,s,w,2,1,1\n"
     )
     write_curves(Path("headless"), "digits")
     Path("headless/convergence.json").write_text("[]")
-    write_records(Path("summary/runs.jsonl"), [run for _, run in planned(1, 1)])
-    Path("summary/summary.json").write_text('{"data": {"title": "digits"}}')
     monkeypatch.setattr("sys.argv", ["relaxprop", "report", *args])
     with pytest.raises(SystemExit) as exit_info:
         main()

@@ -1,7 +1,7 @@
 """The command line: its commands, and how errors end it.
 
-May import: public names, lab.cli.measure, lab.cli.options, lab.cli.report, lab.cli.reproduce, lab.cli.runs,
-lab.cli.train, lab.data, lab.engines.grid, lab.files, lab.models.
+May import: public names, lab.cli.measure, lab.cli.options, lab.cli.records, lab.cli.report, lab.cli.reproduce,
+lab.cli.runs, lab.cli.train, lab.data, lab.engines.grid, lab.files, lab.models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from relaxprop import (
 )
 from relaxprop.lab.cli.measure import bench, convergence, defaults, depth, gradients
 from relaxprop.lab.cli.options import app, console, errors
+from relaxprop.lab.cli.records import compare, export, power, runs, table
 from relaxprop.lab.cli.report import report
 from relaxprop.lab.cli.reproduce import reproduce
 from relaxprop.lab.cli.runs import show, take_over
@@ -28,7 +29,10 @@ from relaxprop.lab.models import ModelError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-COMMANDS = (train, reproduce, convergence, gradients, depth, defaults, report, take_over, show, bench)
+COMMANDS = (
+    train, reproduce, convergence, gradients, depth, defaults, report, take_over, show, runs, export, compare, power,
+    table, bench,
+)  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
 

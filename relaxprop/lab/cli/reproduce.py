@@ -1,14 +1,13 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data, lab.distributed, lab.engines.grid,
-lab.engines.work, lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered,
-lab.experiments.paper, lab.report.html.
+May import: lab.cli.records, lab.experiments.records, lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data,
+lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence,
+lab.experiments.gathered, lab.experiments.paper, lab.report.html.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,24 +24,24 @@ from relaxprop.lab.cli.options import (
     ImageColumnOption,
     LabelColumnOption,
     RunsOption,
-    console,
     find_device,
     load_dataset,
     print_paths,
-    print_table,
     says_what_is_kept,
     this_command,
     usage_errors,
 )
 from relaxprop.lab.cli.progress import GridProgress
+from relaxprop.lab.cli.records import print_figure
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import Engine
-from relaxprop.lab.experiments.conditions import CLAIM, NOTES, RESULT, condition_runs, table, write_conditions
+from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
+from relaxprop.lab.experiments.records import as_coded_title, write_conditions
 from relaxprop.lab.report.html import write_report
 
 
@@ -132,7 +131,7 @@ def _reproduce(
     """A figure on one data set."""
     experiment = EXPERIMENTS[figure]
     if as_coded:
-        experiment = replace(experiment, title=f"{experiment.title}, as coded")
+        experiment = as_coded_title(experiment)
     epochs = epochs or experiment.epochs
     planned = condition_runs(
         experiment,
@@ -150,18 +149,11 @@ def _reproduce(
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     with says_what_is_kept(kept), GridProgress(configs, labels) as progress:
         results = run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=progress)
-    rows, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
+    shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
     if figure == "demo":
         curves = convergence_by_step_size(loaded)
         paths += write_convergence(curves, loaded.title, folder, this_command())
         found = gather([*(runs / config.id for config in configs), folder])
         paths.append(write_report(found, folder / "report.html"))
-    title = f"{loaded.title}: after {epochs} epochs, mean ± standard error over n seeds"
-    cells = table(rows)
-    width = len(RESULT)
-    print_table(title, RESULT, [cell[:width] for cell in cells])
-    compared = [(row.name, *cell[width:]) for row, cell in zip(rows, cells, strict=True) if row.difference is not None]
-    print_table("the paper's claims", ("condition", *CLAIM), compared)
-    for note in NOTES:
-        console.print(note, soft_wrap=True, highlight=False)
+    print_figure(shown)
     print_paths(paths)

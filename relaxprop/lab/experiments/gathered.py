@@ -3,8 +3,8 @@
 Runs that differ only in what a condition changes stand side by side: they make one figure. Where they are those of an
 experiment of the paper, its conditions lend them their titles and claims.
 
-May import: lab.config, lab.experiments.conditions, lab.experiments.paper, lab.files, lab.report.html,
-lab.results, lab.stats, lab.store.
+May import: lab.config, lab.experiments.conditions, lab.experiments.paper, lab.files, lab.report.claims,
+lab.report.figures, lab.report.html, lab.results, lab.stats, lab.store.
 """
 
 from __future__ import annotations
@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relaxprop.lab.config import RunConfig
-from relaxprop.lab.experiments.conditions import (
-    BASELINE,
-    BASELINES,
-    REFERENCE,
-    Condition,
-    alignment_curves,
-    condition_runs,
-)
+from relaxprop.lab.experiments.conditions import BASELINES, Condition, condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
 from relaxprop.lab.files import OutputError
+from relaxprop.lab.report.claims import would
+from relaxprop.lab.report.figures import alignment_curves
 from relaxprop.lab.report.html import (
     ConditionResults,
     ConvergenceResults,
@@ -36,8 +31,8 @@ from relaxprop.lab.report.html import (
     Report,
     RunRecord,
 )
-from relaxprop.lab.results import AlignmentCurves, FinishedRun
-from relaxprop.lab.stats import Mean, mean_over_seeds, verdict
+from relaxprop.lab.results import BASELINE, REFERENCE, AlignmentCurves, FinishedRun, Head
+from relaxprop.lab.stats import Mean, is_tested, mean_over_seeds, region, seeds_to_decide, verdict
 from relaxprop.lab.store import read_lines, read_run
 
 RECORDS, CONVERGENCE = "runs.jsonl", "convergence.json"
@@ -57,7 +52,7 @@ class KnownData(NamedTuple):
     chance: float
 
 
-# By digest, those of the kept results: for records without a summary beside them.
+# By digest, those of the kept results: for run directories, and for files of records that do not say it.
 KNOWN = {
     "b7291dfff7": KnownData("digits", 37 / 360),
     "a63d816db5": KnownData("mnist", 1135 / 10_000),
@@ -89,11 +84,12 @@ def gather(paths: Sequence[Path]) -> Report:
             curves.append(curve)
             commands.append((curve.command, file))
             continue
-        command, found = _read_records(file)
-        if command is not None:
-            commands.append((command, file))
-        known |= _read_summary(file.parent / "summary.json")
+        head, found = _read_records(file)
+        if head is not None:
+            commands.append((head.command, file))
         for record in found:
+            if head is not None and head.dataset is not None and head.chance is not None:
+                known[record.config.data or ""] = KnownData(head.dataset, head.chance)
             key = record.config.id, record.config.epochs
             records[key] = _both(records[key], record) if key in records else record
     return Report(tuple(_figures(records.values(), known)), tuple(curves), tuple(commands))
@@ -118,13 +114,13 @@ def _files(path: Path) -> Iterator[Path]:
     yield from dict.fromkeys(file.parent / RUN[0] if file.name in RUN else file for file in found)
 
 
-def _read_records(file: Path) -> tuple[str | None, list[RunRecord]]:
-    """The runs that a file stands for, and the command that made it, where it says so."""
+def _read_records(file: Path) -> tuple[Head | None, list[RunRecord]]:
+    """The runs that a file stands for, and what its first line says of them, where it has one."""
     if file.name != RUN[0]:
-        head, lines = read_lines(file)
-        command = head.get("command")
-        return None if command is None else str(command), [
-            RunRecord(config, line.environment, line.metrics, ((file, number),)) for number, config, line in lines
+        head, _, runs = read_lines(file)
+        return head, [
+            RunRecord(config, dict(environment), tuple(metrics), ((file, number),))
+            for number, (config, metrics, environment) in enumerate(runs, 2)
         ]
     folder = file.parent
     try:
@@ -138,17 +134,6 @@ def _read_records(file: Path) -> tuple[str | None, list[RunRecord]]:
     names = ("metrics.jsonl", "config.json", "environment.json", "locality.json", "certificate.json")
     files = tuple((folder / name, None) for name in names if (folder / name).exists())
     return None, [RunRecord(kept.config, kept.environment, tuple(kept.metrics), files, kept.locality, kept.certificate)]
-
-
-def _read_summary(file: Path) -> dict[str, KnownData]:
-    """What the summary beside a file of records says of the data; older summaries say nothing."""
-    if not file.exists():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8")).get("data")
-        return {} if data is None else {str(data["digest"]): KnownData(str(data["title"]), float(data["chance"]))}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise OutputError(f"{file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _both(first: RunRecord, second: RunRecord) -> RunRecord:
@@ -310,7 +295,11 @@ def _compared(
         return difference, ""
     if chance is None:
         return difference, "open: the accuracy of guessing is not known for these data"
-    return difference, verdict(condition.claim, difference, statistics.fmean(b for _, b in pairs), chance)
+    level = statistics.fmean(b for _, b in pairs)
+    said = verdict(condition.claim, difference, level, chance)
+    if said.startswith("open") and difference.standard_error > 0 and is_tested(difference, level, chance):
+        said += would(seeds_to_decide(difference, region(condition.claim, level, chance)), difference)
+    return difference, said
 
 
 def _alignment(records: Sequence[RunRecord]) -> AlignmentCurves | None:
