@@ -17,7 +17,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 Claim = Literal["equivalent", "worse", "destroyed"]
 MARGIN = 0.01  # test accuracies that differ by less are equivalent: one margin for all conditions and data
@@ -40,6 +39,8 @@ class Mean:
         """The 95 % confidence interval, of Student's t distribution."""
         if self.n == 1:
             return -math.inf, math.inf
+        from scipy import special  # here and below, as it takes a third of a second to import
+
         half = float(special.stdtrit(self.n - 1, 1 - LEVEL)) * self.standard_error
         return self.mean - half, self.mean + half
 
@@ -123,6 +124,8 @@ def p_values(difference: Mean, claimed: Region) -> PValues:
 def _upper_tail(distance: float, difference: Mean) -> float:
     if difference.standard_error == 0 or math.isinf(distance):
         return 0.5 if distance == 0 else 0.0 if distance > 0 else 1.0
+    from scipy import special
+
     return float(special.stdtr(difference.n - 1, -distance / difference.standard_error))
 
 
@@ -143,6 +146,8 @@ def probability_within(seeds: int, mean: float, deviation: float, low: float, hi
     """
     freedom = seeds - 1
     quantiles, weights = _quadrature()
+    from scipy import special
+
     observed = deviation * np.sqrt(2 * special.gammaincinv(freedom / 2, quantiles) / freedom)
     half = special.stdtrit(freedom, 1 - LEVEL) * observed / math.sqrt(seeds)
     error = deviation / math.sqrt(seeds)

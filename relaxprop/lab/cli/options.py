@@ -1,6 +1,6 @@
 """What the commands share: options, and strings that become objects.
 
-May import: public names, solvers, lab.data, lab.files, lab.models.
+May import: public names, solvers, lab.data, lab.files, lab.models, lab.report.logs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from relaxprop.lab import data
 from relaxprop.lab.data import DATA_VARIABLE, DATASETS, Colour, Dataset
 from relaxprop.lab.files import check_writable
 from relaxprop.lab.models import ModelName, PapersModel
+from relaxprop.lab.report.logs import LogError, Tool, check_installed
 from relaxprop.solvers import SOLVERS
 
 app = typer.Typer(
@@ -70,6 +71,10 @@ AlignmentOption = Annotated[
         help="Measure, once in so many minibatches, the cosine of every gradient to backpropagation's and of backwards "
         "weights to weights. Each time costs about two training steps. 0: never.",
     ),
+]
+LogOption = Annotated[
+    list[Tool] | None,
+    typer.Option(help="Write what is measured for this tool too: event files in each run's folder, or its service."),
 ]
 AsCodedOption = Annotated[
     bool, typer.Option("--as-coded", help="As the authors' code has it, where that differs from the paper's text.")
@@ -135,6 +140,15 @@ def load_dataset(
     for folder in written:
         check_writable(folder)
     return data.load(name, data_dir, image_column=image_column, label_column=label_column, colour=colour)
+
+
+def find_logs(names: list[Tool] | None) -> list[Tool]:
+    """The tools to write to, which are installed."""
+    try:
+        check_installed(names or [])
+    except LogError as error:
+        raise typer.BadParameter(str(error), param_hint="--log") from error
+    return names or []
 
 
 def find_device(name: str) -> torch.device:

@@ -1,8 +1,8 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.records, lab.experiments.records, lab.cli.engines, lab.cli.options, lab.cli.progress, lab.data,
-lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence,
-lab.experiments.gathered, lab.experiments.paper, lab.report.html.
+May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.cli.records, lab.data, lab.distributed,
+lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered,
+lab.experiments.paper, lab.experiments.records, lab.report.html, lab.report.logs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from relaxprop.lab.cli.options import (
     DeviceOption,
     ImageColumnOption,
     LabelColumnOption,
+    LogOption,
     RunsOption,
     find_device,
+    find_logs,
     load_dataset,
     print_paths,
     says_what_is_kept,
@@ -36,13 +38,14 @@ from relaxprop.lab.cli.records import print_figure
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
-from relaxprop.lab.engines.work import Engine
+from relaxprop.lab.engines.work import Engine, EpochDone, Event
 from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
 from relaxprop.lab.experiments.records import as_coded_title, write_conditions
 from relaxprop.lab.report.html import write_report
+from relaxprop.lab.report.logs import Tool, logs
 
 
 def _defaults(field: str) -> str:
@@ -79,6 +82,7 @@ def reproduce(
     engine: EngineOption = "processes",
     address: AddressOption = None,
     gpus: GpusOption = None,
+    log: LogOption = None,
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures.
 
@@ -91,6 +95,7 @@ def reproduce(
             param_hint="reproduce",
         )
     find_device(device)
+    tools = find_logs(log)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
     experiment = EXPERIMENTS[figure]
     names = [dataset] if dataset is not None else list(experiment.conditions)
@@ -110,7 +115,7 @@ def reproduce(
     for name, folder in folders.items():
         _reproduce(
             figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device,
-            threads, chosen,
+            threads, chosen, tools,
         )  # fmt: skip
 
 
@@ -127,6 +132,7 @@ def _reproduce(
     device: str,
     threads: int,
     engine: Engine,
+    tools: list[Tool],
 ) -> None:
     """A figure on one data set."""
     experiment = EXPERIMENTS[figure]
@@ -147,8 +153,15 @@ def _reproduce(
     configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
     labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
-    with says_what_is_kept(kept), GridProgress(configs, labels) as progress:
-        results = run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=progress)
+    by_id = {config.id: config for config in configs}
+    with says_what_is_kept(kept), GridProgress(configs, labels) as progress, logs(tools, by_id, runs) as tell:
+
+        def on_event(event: Event) -> None:
+            progress(event)
+            if isinstance(event, EpochDone) and event.computed:
+                tell(event.run, event.metrics)
+
+        results = run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=on_event)
     shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
     if figure == "demo":
         curves = convergence_by_step_size(loaded)

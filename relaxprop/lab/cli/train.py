@@ -1,7 +1,7 @@
 """Train one network.
 
 May import: public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options, lab.config,
-lab.distributed, lab.experiments.conditions, lab.results, lab.training.
+lab.distributed, lab.experiments.conditions, lab.report.logs, lab.results, lab.training.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from relaxprop.lab.cli.options import (
     EpochsOption,
     ImageColumnOption,
     LabelColumnOption,
+    LogOption,
     ModelOption,
     RunsOption,
     SeedOption,
     console,
     find_device,
+    find_logs,
     load_dataset,
     says_what_is_kept,
     spoken,
@@ -40,6 +42,7 @@ from relaxprop.lab.cli.options import (
 from relaxprop.lab.config import Loss, OptimizerName, Precision, Rule, RunConfig, default_solver
 from relaxprop.lab.distributed import joined
 from relaxprop.lab.experiments.conditions import as_the_code_has_it
+from relaxprop.lab.report.logs import logs
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.training import train as train_network
 from relaxprop.recording import InitialState
@@ -134,6 +137,7 @@ def train(
     colour: ColourOption = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "cpu",
+    log: LogOption = None,
 ) -> None:
     """Train one network. The defaults are the paper's settings.
 
@@ -171,7 +175,10 @@ def train(
     loaded = load_dataset(dataset, data_dir, runs, image_column=image_column, label_column=label_column, colour=colour)
     config = config.model_copy(update={"data": loaded.digest})
 
+    tools = find_logs(log)
+
     def show(metrics: EpochMetrics) -> None:
+        tell(config.id, metrics)
         console.print(
             f"epoch {metrics.epoch:>3}/{epochs}   test accuracy {100 * metrics.test_accuracy:6.2f} %   "
             f"training loss {metrics.train_loss:8.4f}   {metrics.seconds:6.1f} s",
@@ -180,7 +187,11 @@ def train(
 
     path = runs / config.id
     on_device = find_device(device)
-    with says_what_is_kept(f"the finished epochs are in {path}"), joined(on_device) as group:
+    with (
+        says_what_is_kept(f"the finished epochs are in {path}"),
+        joined(on_device) as group,
+        logs(tools, {config.id: config}, runs) as tell,
+    ):
         metrics = train_network(config, loaded, root=runs, device=on_device, on_epoch=show if group.is_first else None)
     if not group.is_first:
         return

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow
-import pyarrow.csv
-import pyarrow.parquet
-
-from relaxprop.lab.files import OutputError
+from relaxprop.lab.files import check_writable, write_atomically
 from relaxprop.lab.records import Run, flattened
+
+if TYPE_CHECKING:  # where it is not used, it would take a tenth of a second
+    import pyarrow
 
 Format = Literal["parquet", "csv"]
 MEASURED = ("epoch", "train_loss", "test_accuracy", "seconds")
@@ -52,6 +51,8 @@ def alignment_table(runs: Sequence[Run]) -> pyarrow.Table:
 def _joined(described: Sequence[dict[str, Any]], rows: list[int], columns: dict[str, list[Any]]) -> pyarrow.Table:
     """The columns beside the run that each of their rows belongs to."""
     names = list(dict.fromkeys(name for run in described for name in run))
+    import pyarrow
+
     repeated = pyarrow.array(rows, pyarrow.int64())
     whole = {name: _array([run.get(name) for run in described]).take(repeated) for name in names}
     for name, values in columns.items():
@@ -60,6 +61,8 @@ def _joined(described: Sequence[dict[str, Any]], rows: list[int], columns: dict[
 
 
 def _array(values: list[Any]) -> pyarrow.Array:
+    import pyarrow
+
     try:
         return pyarrow.array(values)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):  # numbers in some runs, words in others
@@ -70,12 +73,12 @@ def write_table(table: pyarrow.Table, path: Path, kind: Format) -> None:
     """Writes a table, which is either whole or not there.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: if it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        (pyarrow.parquet.write_table if kind == "parquet" else pyarrow.csv.write_csv)(table, partial)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    content = pyarrow.BufferOutputStream()
+    (pyarrow.parquet.write_table if kind == "parquet" else pyarrow.csv.write_csv)(table, content)
+    check_writable(path.parent)
+    write_atomically(path, content.getvalue().to_pybytes())

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import jinja2
-
 from relaxprop import (
     Locality,
     __version__,
@@ -246,7 +244,8 @@ def write_report(report: Report, out: Path) -> Path:
 
 def page(report: Report, folder: Path) -> str:
     """The page, of which links go to the records as seen from a folder. The same records give the same page."""
-    from plotly.offline import get_plotlyjs  # takes a while
+    import jinja2
+    from plotly.offline import get_plotlyjs  # both take a while
 
     charts: list[Chart] = []
     figures = [_figure(figure, folder, charts) for figure in report.figures]
