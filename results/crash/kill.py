@@ -57,6 +57,7 @@ def main() -> None:
         whole = Path(scratch) / "uninterrupted"
         process = start(whole)
         while not list(whole.glob("runs/*/config.json")):
+            assert process.poll() is None, "the grid ended before it began"
             time.sleep(0.01)
         began = time.monotonic()
         assert process.wait() == 0

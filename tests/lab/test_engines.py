@@ -263,6 +263,7 @@ def test_a_killed_grid_goes_on_to_the_same(
         start_new_session=True,
     )  # fmt: skip
     while not list((tmp_path / "runs").glob("*/config.json")):
+        assert process.poll() is None, "the grid ended before it began"
         time.sleep(0.01)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGKILL)
