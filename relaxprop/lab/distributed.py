@@ -64,6 +64,9 @@ class Group(NamedTuple):
         return spread
 
 
+ALONE = Group()
+
+
 def _add_up(bucket: Any) -> torch.futures.Future[Tensor]:
     future = distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])  # type: ignore[no-any-return]
@@ -72,7 +75,7 @@ def _add_up(bucket: Any) -> torch.futures.Future[Tensor]:
 def this_group() -> Group:
     """The group that this process has joined; itself alone where it has joined none."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return Group()
+        return ALONE
     return Group(distributed.get_rank(), distributed.get_world_size())
 
 
@@ -85,7 +88,7 @@ def is_started_by_torchrun() -> bool:
 def joined(device: torch.device) -> Iterator[Group]:
     """Within it, this process belongs to the group that ``torchrun`` has started, if it has started any."""
     if not is_started_by_torchrun():
-        yield Group()
+        yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend)

@@ -31,7 +31,7 @@ from relaxprop.lab import models
 from relaxprop.lab.checkpoint import kept_checkpoint
 from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
-from relaxprop.lab.distributed import Group, this_group
+from relaxprop.lab.distributed import ALONE, Group, this_group
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import AlignmentSample, EpochMetrics
 from relaxprop.lab.store import Opened, Record
@@ -186,9 +186,8 @@ def _check_shared(config: RunConfig) -> None:
     Raises:
         ModelError: if it does.
     """
-    for name, given in (("order", "asynchronous"), ("tolerance", None)):
-        value = config.solver_options.get(name)
-        if (value == given) if given is not None else (value is not None):
+    for name, value in config.solver_options.items():
+        if (name, value) == ("order", "asynchronous") or (name == "tolerance" and value is not None):
             raise models.ModelError(
                 f"{name} {value}: the relaxation of a minibatch's parts would differ from that of the whole; leave it "
                 "out, or compute the run in one process"
@@ -223,7 +222,7 @@ def train_epoch(
     config: RunConfig,
     epoch: int,
     on_alignment: Callable[[AlignmentSample], None] = lambda sample: None,
-    group: Group = Group(),  # noqa: B008 (a constant)
+    group: Group = ALONE,
 ) -> float:
     """One pass over the training data; the mean loss per sample."""
     torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
@@ -317,7 +316,7 @@ def accuracy(
     split: Split,
     batch_size: int = 2000,
     *,
-    group: Group = Group(),  # noqa: B008 (a constant)
+    group: Group = ALONE,
     precision: Precision = "fp32",
 ) -> float:
     """Share of the split's labels that are the likeliest by the model, in [0, 1]."""

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parents[1]
 
 def figure_of(kept: dict[str, Any]) -> Figure:
     """The figure, whose runs have their last epoch only."""
-    experiment = EXPERIMENTS[shlex.split(kept["command"])[2]]  # type: ignore[index]
+    (experiment,) = (e for name, e in EXPERIMENTS.items() if name == shlex.split(kept["command"])[2])
     configs = [RunConfig.model_validate(config) for config in kept["runs"].values()]
     names = list(kept["results"]) * (len(configs) // len(kept["results"]))
     dataset = load(configs[0].dataset)
@@ -35,8 +35,6 @@ def figure_of(kept: dict[str, Any]) -> Figure:
         accuracy = kept["results"][name]["test_accuracy_by_seed"][config.seed]
         last = EpochMetrics(epoch=config.epochs, train_loss=0, test_accuracy=accuracy, seconds=1)
         runs.append(FinishedRun(config, [last], {}))
-    labels = dataset.test.labels.flatten()
-    chance = float(labels.bincount().max()) / len(labels)
 
     def completed(row: Row) -> Row:
         result = kept["results"][row.name]
@@ -44,8 +42,8 @@ def figure_of(kept: dict[str, Any]) -> Figure:
         epochs = row.accuracies * configs[0].epochs
         return replace(row, seconds=seconds, relative_cost=cost, accuracies=epochs)
 
-    rows = list(map(completed, summarise(experiment.of(dataset.name), names, runs, chance=chance)))
-    return Figure(kept["command"], experiment.title, dataset.title, chance, names, runs, rows)
+    rows = list(map(completed, summarise(experiment.of(dataset.name), names, runs, chance=dataset.chance)))
+    return Figure(kept["command"], experiment.title, dataset.title, dataset.chance, names, runs, rows)
 
 
 for path in sorted(RESULTS.glob("**/summary.json")):

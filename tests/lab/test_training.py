@@ -295,6 +295,14 @@ def test_backpropagation_is_not_compared_with_itself(digits: Dataset) -> None:
     assert small(rule="backprop", alignment_every=3) == small(rule="backprop")
 
 
+@pytest.mark.parametrize("rule", ["ar", "backprop"])
+def test_bf16_learns_as_fp32_does_up_to_its_rounding(digits: Dataset, rule: str) -> None:
+    """A bfloat16 has 8 bits: after an epoch the losses differ, and by less than their rounding."""
+    (exact,), (rounded,) = (train(small(1, rule=rule, precision=p), digits) for p in ("fp32", "bf16"))
+    assert rounded.train_loss != exact.train_loss
+    assert rounded.train_loss == pytest.approx(exact.train_loss, rel=2**-8)
+
+
 # ----------------------------------------------------------------------------------------------------------- on disk
 
 

@@ -26,6 +26,7 @@ from relaxprop import (
     describe_locality,
 )
 from tests.right_or_refused.verdicts import REFUSALS, TOLERANCE, Found, assert_same, check_refused, gradients, squares
+from tests.right_or_refused.watching import norms, saliency
 
 
 def batch(rows: int = 3) -> Tensor:
@@ -43,36 +44,6 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.readout(self.motor(self.relay(self.cortex(self.retina(x)))))
         return y
-
-
-def _norms(model: nn.Module) -> Callable[[], Found]:
-    """Gradient norms, summed up as they come."""
-    norms: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, grad_input: Any, grad_output: Any) -> None:
-            norms[name] = norms.get(name, torch.zeros(())) + grad_output[0].square().sum().detach()
-
-        return hook
-
-    for name, layer in model.named_modules():
-        if name:
-            layer.register_full_backward_hook(note(name))
-    return lambda: dict(norms)
-
-
-def _saliency(model: nn.Module) -> Callable[[], Found]:
-    """Grad-CAM: the activity by a forward hook, its gradient by a hook on the tensor."""
-    stored: dict[str, Tensor] = {}
-
-    def store(layer: nn.Module, args: Any, output: Tensor) -> None:
-        def note(gradient: Tensor) -> None:
-            stored["gradient"] = stored.get("gradient", torch.zeros(())) + gradient
-
-        output.register_hook(note)  # type: ignore[no-untyped-call]
-
-    model.get_submodule("motor").register_forward_hook(store)
-    return lambda: dict(stored)
 
 
 _Solver: Any = Equilibrium.__mro__[1]  # what a user derives a solver from
@@ -351,7 +322,7 @@ def test_diagnostics_with_parametrize_cached(diagnostic: Callable[..., Any]) -> 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @every_diagnostic
-@pytest.mark.parametrize(("hooks", "names"), [(_norms, ("cortex", "motor")), (_saliency, ("note",))])
+@pytest.mark.parametrize(("hooks", "names"), [(norms, ("cortex", "motor")), (saliency, ("note",))])
 def test_a_diagnostic_beside_hooks(
     diagnostic: Callable[..., Any], hooks: Callable[[nn.Module], Callable[[], Found]], names: tuple[str, ...]
 ) -> None:
@@ -360,7 +331,7 @@ def test_a_diagnostic_beside_hooks(
     model = Net()
     hooks(model)
     wrapper = ActivationRelaxation(model, solver=Equilibrium())
-    refusing = {"convergence"} if hooks is _saliency else {"certificate", "convergence", "describe_locality"}
+    refusing = {"convergence"} if hooks is saliency else {"certificate", "convergence", "describe_locality"}
     if diagnostic not in [DIAGNOSTICS[name] for name in refusing]:
         assert diagnostic(wrapper, batch())
     else:

@@ -33,6 +33,7 @@ from tests.right_or_refused.verdicts import (
     right_or_refused,
     squares,
 )
+from tests.right_or_refused.watching import norms, saliency
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "activations": {"solver": ClosedForm(0.5, 300)},
@@ -299,22 +300,6 @@ def _backpack(model: nn.Module) -> Callable[[], Found]:
     return lambda: {name: getattr(layer.weight, "grad_batch", None) for name, layer in layers.items()}
 
 
-def _norms(model: nn.Module) -> Callable[[], Found]:
-    """Gradient norms, summed up as they come."""
-    norms: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, grad_input: Any, grad_output: Any) -> None:
-            norms[name] = norms.get(name, torch.zeros(())) + grad_output[0].square().sum().detach()
-
-        return hook
-
-    for name, layer in model.named_modules():
-        if name:
-            layer.register_full_backward_hook(note(name))
-    return lambda: dict(norms)
-
-
 def _norms_before(model: nn.Module) -> Callable[[], Found]:
     norms: dict[str, Tensor] = {}
 
@@ -330,23 +315,9 @@ def _norms_before(model: nn.Module) -> Callable[[], Found]:
     return lambda: dict(norms)
 
 
-def _saliency(model: nn.Module) -> Callable[[], Found]:
-    """Grad-CAM: the activity by a forward hook, its gradient by a hook on the tensor."""
-    stored: dict[str, Tensor] = {}
-
-    def store(layer: nn.Module, args: Any, output: Tensor) -> None:
-        def note(gradient: Tensor) -> None:
-            stored["gradient"] = stored.get("gradient", torch.zeros(())) + gradient
-
-        output.register_hook(note)  # type: ignore[no-untyped-call]
-
-    model.get_submodule("motor").register_forward_hook(store)
-    return lambda: dict(stored)
-
-
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PyTorch's own, on the plain module too
 @pytest.mark.parametrize("setting", MANY_PRODUCTS.values(), ids=MANY_PRODUCTS.keys())
-@pytest.mark.parametrize("hooks", [_opacus, _backpack, _norms, _norms_before, _saliency])
+@pytest.mark.parametrize("hooks", [_opacus, _backpack, norms, _norms_before, saliency])
 def test_hooks_that_store_are_right_or_refused(
     hooks: Callable[[nn.Module], Callable[[], Found]], setting: dict[str, Any]
 ) -> None:

@@ -87,6 +87,12 @@ class Dataset:
             return self.name
         return f"{self.name} (subset: {sizes[0]:,} / {sizes[1]:,} images)"
 
+    @property
+    def chance(self) -> float:
+        """Test accuracy of naming the most frequent class, in [0, 1]."""
+        labels = self.test.labels.flatten()
+        return float(labels.bincount().max()) / len(labels)
+
     @cached_property
     def digest(self) -> str:
         """Tells data sets of the same name apart: a subset from the whole, say."""

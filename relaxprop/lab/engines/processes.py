@@ -50,8 +50,8 @@ def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generat
                 worker = _Worker(dataset)
                 staff[worker.connection] = worker
                 worker.give(waiting.popleft())
-            for connection in wait(list(staff)):
-                worker = staff[connection]  # type: ignore[index]
+            ready = wait(list(staff))
+            for worker in [worker for connection, worker in staff.items() if connection in ready]:
                 try:
                     event: Event | None = worker.connection.recv()
                 except (EOFError, OSError):

@@ -84,7 +84,10 @@ def compute(job: Job, dataset: Dataset) -> Generator[Event]:
         with closing(epochs(job.config, dataset, **options)) as running:
             for metrics, computed in running:
                 yield EpochDone(run, metrics, computed)
-        where = _here(job) if job.root is None else Record(job.config, job.root).environment()
+        if job.root is None:
+            where = environment() | {"threads": job.config.threads}
+        else:
+            where = Record(job.config, job.root).environment()
     except Exception as error:
         yield Failed(run, _portable(error))
         return
@@ -96,12 +99,8 @@ def died(attempts: int, job: Job, how: str) -> Event:
     run = job.config.id
     if attempts < ATTEMPTS:
         return Said(f"the worker of run {run} {how}: the run is taken up again from its checkpoint")
-    error = RuntimeError(f"its worker {how}, for the {ATTEMPTS}rd time: is there enough memory for so many workers?")
-    return Failed(run, error)
-
-
-def _here(job: Job) -> dict[str, Any]:
-    return environment() | {"threads": job.config.threads}
+    reason = f"its worker {how}, in each of {ATTEMPTS} attempts: is there enough memory for so many workers?"
+    return Failed(run, RuntimeError(reason))
 
 
 def _portable(error: Exception) -> Exception:

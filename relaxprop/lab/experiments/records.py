@@ -49,19 +49,13 @@ def _keep(
         runs=len(runs),
         experiment=experiment.title,
         dataset=dataset.title,
-        chance=_chance(dataset),
+        chance=dataset.chance,
         conditions={
             name: Compared(conditions[name].title, conditions[name].claim, conditions[name].versus)
             for name in dict.fromkeys(names)
         },
     )
     write_lines(path, head, [RunLine.of(run, name) for run, name in zip(runs, names, strict=True)])
-
-
-def _chance(dataset: Dataset) -> float:
-    """Accuracy of the most frequent class."""
-    labels = dataset.test.labels.flatten()
-    return float(labels.bincount().max()) / len(labels)
 
 
 def complete(path: Path, load: Callable[[str], Dataset]) -> bool:
@@ -80,12 +74,10 @@ def complete(path: Path, load: Callable[[str], Dataset]) -> bool:
         return False
     head, _, runs = records
     words = shlex.split(head.command)
-    experiment = EXPERIMENTS.get(words[2]) if words[:2] == ["relaxprop", "reproduce"] and len(words) > 2 else None  # type: ignore[call-overload]
+    by_command = {f"relaxprop reproduce {name}": experiment for name, experiment in EXPERIMENTS.items()}
+    experiment = by_command.get(" ".join(words[:3]))
     if experiment is None:
-        raise OutputError(
-            f"{path} was made by {head.command!r}, which is none of "
-            f"{', '.join(f'relaxprop reproduce {name}' for name in EXPERIMENTS)}"
-        )
+        raise OutputError(f"{path} was made by {head.command!r}, which is none of {', '.join(by_command)}")
     if "--as-coded" in words:
         experiment = as_coded_title(experiment)
     if len(kinds := sorted({(run.config.dataset, run.config.data or "") for run in runs})) != 1:
