@@ -135,7 +135,7 @@ def test_a_run_whose_worker_always_dies_fails_and_the_others_go_on(
     from relaxprop.lab.engines import processes as room
 
     fork = torch.multiprocessing.get_context("fork")  # so that the worker has the replacement
-    monkeypatch.setattr(room, "_SPAWN", fork)
+    monkeypatch.setattr(room, "_CONTEXT", fork)
     monkeypatch.setattr(room, "compute", _die)
     configs = [RunConfig(seed=seed, epochs=1) for seed in range(3)]
     told: list[Event] = []
