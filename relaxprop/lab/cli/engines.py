@@ -18,9 +18,7 @@ from relaxprop.lab.engines.work import Engine
 EngineName = Literal["processes", "ray"]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Runs that are computed at a time, each in a process. (default: one for every two processors)"
-    ),
+    typer.Option(min=1, help="Runs that are computed at a time, each in a process. (default: one for each core)"),
 ]
 ThreadsOption = Annotated[
     int, typer.Option(min=1, help="Threads of each run. Results depend on them in the last digits.")

@@ -12,7 +12,6 @@ May import: lab.data, lab.engines.work.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections import deque
@@ -36,14 +35,16 @@ _CONTEXT: ForkServerContext | SpawnContext = (
 _IMPORTED = ["torch", "torch._dynamo", "pydantic"]
 
 
-def processors() -> int:
-    """How many of the machine's processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """How many cores this process may use; a core may be two processors, which share its arithmetic."""
+    import joblib
+
+    return int(joblib.cpu_count(only_physical_cores=True))
 
 
 def default_workers(threads: int = 1) -> int:
-    """One for every two processors, or for as many as a run has threads: a processor often is half a core."""
-    return max(1, processors() // max(2, threads))
+    """One for each core, or for as many cores as a run has threads."""
+    return max(1, cores() // threads)
 
 
 def prepare() -> None:
