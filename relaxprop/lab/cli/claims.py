@@ -1,6 +1,7 @@
-"""Keep the records of runs as they finish.
+"""Keep the records of runs as they finish, and say what all that is kept tells of the paper's claims.
 
-May import: lab.cli.options, lab.cli.records, lab.experiments.records, lab.files, lab.records, lab.report.figures.
+May import: lab.cli.options, lab.cli.records, lab.experiments.claims, lab.experiments.evidence, lab.experiments.queue,
+lab.experiments.records, lab.files, lab.records, lab.report.figures.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import typer
 from relaxprop.lab.cli.options import DataDirOption, RunsOption, console, load_dataset, print_paths
 from relaxprop.lab.cli.records import print_figure
 from relaxprop.lab.experiments import records
-from relaxprop.lab.files import check_writable
+from relaxprop.lab.experiments.claims import page, short_table
+from relaxprop.lab.experiments.evidence import sources
+from relaxprop.lab.experiments.queue import QUEUE, read_queue
+from relaxprop.lab.files import check_writable, write_atomically
 from relaxprop.lab.records import RECORDS
 from relaxprop.lab.report.figures import write_figure
 
@@ -43,3 +47,27 @@ def collect(
     console.print(
         f"{len(found.added)} runs added: {found.there} of {found.planned} are there", soft_wrap=True, highlight=False
     )
+
+
+def claims(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The folder of kept results.")] = Path("results"),
+    out: Annotated[Path | None, typer.Option(help="The file to write. (default: to the terminal)")] = None,
+    short: Annotated[bool, typer.Option("--short", help="Only a table of differences and verdicts.")] = False,
+) -> None:
+    """Say what is kept on each of the paper's claims, and what is still to be computed, as a Markdown document.
+
+    What is to be computed stands in RESULTS/queue.toml, where there is one.
+    """
+    found = sources(results)
+    if short:
+        text = short_table(found)
+    else:
+        queue = read_queue(results / QUEUE) if (results / QUEUE).exists() else None
+        command = f"relaxprop claims {results.resolve().name}"
+        text = page(found, queue, command if out is None else f"{command} --out {out.parent.name}/{out.name}")
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    check_writable(out.parent)
+    write_atomically(out, text)
+    print_paths([out])

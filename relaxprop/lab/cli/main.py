@@ -15,7 +15,7 @@ from relaxprop import (
     NonFiniteStateError,
     __version__,
 )
-from relaxprop.lab.cli.claims import collect
+from relaxprop.lab.cli.claims import claims, collect
 from relaxprop.lab.cli.measure import bench, convergence, defaults, depth, gradients
 from relaxprop.lab.cli.options import app, console, errors
 from relaxprop.lab.cli.records import compare, export, power, runs, table
@@ -32,7 +32,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
     train, reproduce, convergence, gradients, depth, defaults, report, take_over, show, runs, export, compare, power,
-    table, bench, collect,
+    table, bench, collect, claims,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
