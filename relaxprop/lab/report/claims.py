@@ -245,7 +245,7 @@ def beside_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             str(row.beside.difference.n),
             str(row.beside.difference),
             _interval(row.beside.difference),
-            row.beside.verdict,
+            row.beside.verdict.replace("does not hold", "no").replace("holds", "yes"),
         )
         for row in rows
         if row.beside is not None
@@ -307,7 +307,8 @@ NOTES = (
 
 BESIDE_NOTE = (
     "as written: the same condition as the paper's text has it; the difference to it is paired by seed, within ±1: its "
-    "95 % interval lies within ±1 point, as above and without Holm's correction"
+    "95 % interval lies within ±1 point, as above and without Holm's correction. In the first table a condition is "
+    "compared with what it is compared with in the same version"
 )
 
 
@@ -319,9 +320,10 @@ def notes(rows: Sequence[Row], chance: float, *, runs: int, planned: int | None 
         planned: how many there will be, where some are missing.
     """
     family = [row.name for row in rows if row.holm is not None]
+    separator = "; " if any(row.beside for row in rows) else ", "  # names of versions have commas
     holms = (
         f"Holm's p: of the one-sided t test that decides (of an equivalence, of the two the larger), corrected for the "
-        f"family of this table's {len(family)} claims ({', '.join(family)}); the verdict stays where it is below "
+        f"family of this table's {len(family)} claims ({separator.join(family)}); the verdict stays where it is below "
         f"{LEVEL:.3g}"
     )
     missing = (
