@@ -1,7 +1,7 @@
 """The command line: its commands, and how errors end it.
 
-May import: public names, lab.cli.measure, lab.cli.options, lab.cli.records, lab.cli.report, lab.cli.reproduce,
-lab.cli.runs, lab.cli.train, lab.data, lab.engines.grid, lab.files, lab.models.
+May import: public names, lab.cli.claims, lab.cli.measure, lab.cli.options, lab.cli.records, lab.cli.report,
+lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data, lab.engines.grid, lab.files, lab.models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from relaxprop import (
     NonFiniteStateError,
     __version__,
 )
+from relaxprop.lab.cli.claims import claims, collect
 from relaxprop.lab.cli.measure import bench, convergence, defaults, depth, gradients
 from relaxprop.lab.cli.options import app, console, errors
 from relaxprop.lab.cli.records import compare, export, power, runs, table
@@ -31,7 +32,7 @@ __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
     train, reproduce, convergence, gradients, depth, defaults, report, take_over, show, runs, export, compare, power,
-    table, bench,
+    table, bench, collect, claims,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -27,7 +27,7 @@ from relaxprop.lab.cli.options import (
 from relaxprop.lab.experiments.records import complete, with_conditions
 from relaxprop.lab.files import OutputError, check_writable
 from relaxprop.lab.records import RECORDS, Run
-from relaxprop.lab.report.claims import CLAIM, RESULT, notes, would
+from relaxprop.lab.report.claims import BESIDE, CLAIM, RESULT, beside_table, would
 from relaxprop.lab.report.claims import table as cells_of
 from relaxprop.lab.report.compare import pair as pair_by_seed
 from relaxprop.lab.report.export import Format, alignment_table, epochs_table, write_table
@@ -207,7 +207,9 @@ def print_figure(figure: Figure) -> None:
         (row.name, *cell[width:]) for row, cell in zip(figure.rows, cells, strict=True) if row.difference is not None
     ]
     print_table("the paper's claims", ("condition", *CLAIM), compared)
-    for note in notes(figure.rows, figure.chance):
+    if beside := beside_table(figure.rows):
+        print_table("beside the paper's text", BESIDE, beside)
+    for note in figure.notes:
         console.print(note, soft_wrap=True, highlight=False)
 
 
