@@ -1,7 +1,7 @@
 """The paper's claims, and what the kept results say on each.
 
 May import: lab.config, lab.experiments.gathered, lab.experiments.paper, lab.experiments.plan, lab.files, lab.records,
-lab.report.figures, lab.results, lab.stats, lab.store.
+lab.report.figures, lab.results, lab.stats.
 """
 
 from __future__ import annotations
