@@ -1,7 +1,7 @@
 """Keep the records of runs as they finish, and say what all that is kept tells of the paper's claims.
 
-May import: lab.cli.options, lab.cli.records, lab.experiments.claims, lab.experiments.evidence, lab.experiments.queue,
-lab.experiments.records, lab.files, lab.records, lab.report.figures.
+May import: lab.cli.figures, lab.cli.options, lab.cli.settings, lab.experiments.claims, lab.experiments.evidence,
+lab.experiments.queue, lab.experiments.records, lab.files, lab.records, lab.report.figures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from relaxprop.lab.cli.options import DataDirOption, RunsOption, console, load_dataset, print_paths
-from relaxprop.lab.cli.records import print_figure
+from relaxprop.lab.cli.figures import print_figure
+from relaxprop.lab.cli.options import RunsOption, console, print_paths
+from relaxprop.lab.cli.settings import DataDirOption, load_dataset
 from relaxprop.lab.experiments import records
 from relaxprop.lab.experiments.claims import page, short_table
 from relaxprop.lab.experiments.evidence import sources

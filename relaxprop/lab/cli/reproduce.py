@@ -1,8 +1,8 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.cli.records, lab.data, lab.distributed,
-lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence, lab.experiments.gathered,
-lab.experiments.paper, lab.experiments.records, lab.report.html, lab.report.logs, recording.
+May import: recording, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress, lab.cli.settings, lab.data,
+lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence,
+lab.experiments.gathered, lab.experiments.paper, lab.experiments.records, lab.report.html, lab.report.logs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Annotated
 import typer
 
 from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, ThreadsOption, WorkersOption, find_engine
+from relaxprop.lab.cli.figures import print_figure
 from relaxprop.lab.cli.options import (
+    RunsOption,
+    print_paths,
+    says_what_is_kept,
+    this_command,
+    usage_errors,
+)
+from relaxprop.lab.cli.progress import GridProgress
+from relaxprop.lab.cli.settings import (
     DATA_HELP,
     AlignmentOption,
     AsCodedOption,
@@ -24,17 +33,10 @@ from relaxprop.lab.cli.options import (
     ImageColumnOption,
     LabelColumnOption,
     LogOption,
-    RunsOption,
     find_device,
     find_logs,
     load_dataset,
-    print_paths,
-    says_what_is_kept,
-    this_command,
-    usage_errors,
 )
-from relaxprop.lab.cli.progress import GridProgress
-from relaxprop.lab.cli.records import print_figure
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
