@@ -7,6 +7,7 @@ from relaxprop.frozen import Frozen
 from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
 from relaxprop.inspect.convergence import Convergence, certificate, convergence
 from relaxprop.inspect.locality import Locality, describe_locality
+from relaxprop.rules.direct import DirectFeedback
 from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
 from relaxprop.unconverged import UnconvergedWarning
@@ -21,6 +22,7 @@ __all__ = [
     "ClosedForm",
     "Continuous",
     "Convergence",
+    "DirectFeedback",
     "Equilibrium",
     "Euler",
     "Frozen",

@@ -12,6 +12,7 @@ PUBLIC_NAMES = [
     "ClosedForm",
     "Continuous",
     "Convergence",
+    "DirectFeedback",
     "Equilibrium",
     "Euler",
     "Frozen",

@@ -1,9 +1,10 @@
 """Learning rules, each a module that stands in another's place: one loop trains one network by all of them.
 
-May import: rules.base, wrapper.
+May import: rules.base, rules.direct, wrapper.
 """
 
 from relaxprop.rules.base import Phase, Rule, RuleSettings
+from relaxprop.rules.direct import DirectFeedback
 from relaxprop.wrapper import ActivationRelaxation
 
-__all__ = ["ActivationRelaxation", "Phase", "Rule", "RuleSettings"]
+__all__ = ["ActivationRelaxation", "DirectFeedback", "Phase", "Rule", "RuleSettings"]

@@ -13,6 +13,7 @@ May import: finite, graph, kept, nested, recording, relaxation, rule, vertices.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -159,3 +160,17 @@ class Rule(LearningRule):
 
 
 _COMMON = RuleSettings.__dataclass_fields__.keys()
+
+
+def refuse_target_of_its_own(rule: LearningRule) -> None:
+    """Refuse a module that has an argument ``target`` where the rule reads one.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if "target" in inspect.signature(type(rule.module).forward).parameters:
+        kind = type(rule.module).__name__
+        raise ValueError(
+            f"{rule_of(type(rule)).__name__} reads target=…, and {kind}.forward has an argument of that name: rename "
+            "the argument, or wrap a part of the module"
+        )
