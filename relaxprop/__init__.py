@@ -1,7 +1,7 @@
 """Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
 
 from relaxprop.derivatives import drop_derivatives
-from relaxprop.feedback import use_feedback
+from relaxprop.feedback import mirror_weights, use_feedback
 from relaxprop.finite import NonFiniteStateError
 from relaxprop.frozen import Frozen
 from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
@@ -36,6 +36,7 @@ __all__ = [
     "describe_locality",
     "drop_derivatives",
     "feedback_alignment",
+    "mirror_weights",
     "steps_to_converge",
     "use_feedback",
 ]

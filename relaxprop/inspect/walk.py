@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from relaxprop._pytorch import backward_class, is_leaf_node, leaf_of
 from relaxprop.derivatives import EitherWay
-from relaxprop.feedback import SendBack
+from relaxprop.feedback import FeedbackRule, SendBack
 from relaxprop.graph import Vertex
 from relaxprop.nested import map_tensors, tensors_in, tensors_reached, tensors_requiring_grad
 from relaxprop.vertices import find_layers
@@ -83,7 +83,19 @@ class _Use(NamedTuple):
     """
 
     kind: Literal[
-        "weight", "gain", "learned", "random", "sign", "derivative", "dropped", "minibatch", "vertex", "output", "input"
+        "weight",
+        "gain",
+        "learned",
+        "mirror",
+        "random",
+        "drawn",
+        "sign",
+        "derivative",
+        "dropped",
+        "minibatch",
+        "vertex",
+        "output",
+        "input",
     ]
     name: str
     moves: bool = False
@@ -255,8 +267,7 @@ class Walk:
             # The layer computes from a detached input, so the activity beside its weights is on the other edge.
             if i == 0:
                 return self._presynaptic(node.next_functions[1][0], within)
-            rule = node.layer.feedback_rule
-            return {_Use(rule, f"{self.names[node.layer]}.{'weight' if rule == 'sign' else 'feedback'}"): None}
+            return self._backwards_weights(node.layer.feedback_rule, self.names[node.layer])
         operation = node.name().partition("Backward")[0]
         uses: _Uses = {}
         saved = self.saved[node]
@@ -283,6 +294,18 @@ class Walk:
             elif sources:
                 uses[function._replace(moves=_move(sources))] = None
         return uses
+
+    def _backwards_weights(self, rule: FeedbackRule, layer: str) -> _Uses:
+        own = f"{layer}.feedback"
+        match rule:
+            case "learned" | "mirror" | "random":
+                return {_Use(rule, own): None}
+            case "fixed-sign":
+                return {_Use("sign", f"{layer}.weight"): None, _Use("random", own): None}
+            case "batch-sign":
+                return {_Use("sign", f"{layer}.weight"): None, _Use("drawn", layer): None}
+            case _:
+                return {_Use("weight" if rule == "symmetric" else "sign", f"{layer}.weight"): None}
 
     def _weights(self, x: Tensor, sources: frozenset[_Leaf]) -> list[str]:
         """The parameters that a saved tensor was computed from, if from nothing else."""
@@ -368,8 +391,11 @@ class Walk:
                     non_local.append(f"weight signs: {name}")
                 case "gain":
                     weights.append(f"{name}, a gain")
-                case "learned" | "random":
-                    weights.append(f"{name}, {'learned' if use.kind == 'learned' else 'fixed'}")
+                case "learned" | "mirror" | "random":
+                    how = {"learned": "learned", "mirror": "mirrored in phases of noise", "random": "fixed"}[use.kind]
+                    weights.append(f"{name}, {how}")
+                case "drawn":
+                    weights.append(f"magnitudes of {name}, drawn in every pass")
                 case "minibatch":
                     non_local.append(f"minibatch: {name}")
                 case "dropped":
