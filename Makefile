@@ -14,7 +14,7 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 # The tools that the wrapper is tried in, a part of the tests above. The outcome is kept under results/works-with.
 test-integrations: $(VENV)/test

@@ -126,7 +126,7 @@ class Arguments:
         self.args, self.kwargs = args, kwargs
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the input: one that is given twice is the same
-        for x in itertools.chain.from_iterable(map(tensors_in, (*args, *kwargs.values()))):
+        for x in [x for given in (*args, *kwargs.values()) for x in tensors_in(given)]:
             if (x.requires_grad or (relax and x.is_floating_point())) and id(x) not in self._stand_ins:
                 self._stand_ins[id(x)] = stand_in = x.detach().requires_grad_()
                 self.inputs[id(stand_in)] = x, stand_in
@@ -169,8 +169,8 @@ class Arguments:
 
     def options(self) -> object:
         """What among the arguments may tell the model what to do, rather than with what: names, flags and words."""
-        given = itertools.chain(enumerate(self.args), self.kwargs.items())
-        return [(name, x if isinstance(x, _WORDS) else None) for name, x in given]
+        given = [*self.args, *self.kwargs.values()]
+        return [*self.kwargs, *[x if isinstance(x, _WORDS) else None for x in given]]
 
     def copied(self) -> Arguments:
         """The same tensors in lists and dicts of their own, which the model may write into."""
