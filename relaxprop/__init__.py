@@ -2,12 +2,13 @@
 
 from relaxprop.derivatives import drop_derivatives
 from relaxprop.feedback import mirror_weights, use_feedback
-from relaxprop.finite import NonFiniteStateError
+from relaxprop.finite import DivergedError, NonFiniteStateError
 from relaxprop.frozen import Frozen
 from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
 from relaxprop.inspect.convergence import Convergence, certificate, convergence
 from relaxprop.inspect.locality import Locality, describe_locality
 from relaxprop.rules.direct import DirectFeedback
+from relaxprop.rules.predictive import EquilibriumPropagation, PredictiveCoding
 from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
 from relaxprop.transients import steps_to_converge
 from relaxprop.unconverged import UnconvergedWarning
@@ -23,11 +24,14 @@ __all__ = [
     "Continuous",
     "Convergence",
     "DirectFeedback",
+    "DivergedError",
     "Equilibrium",
+    "EquilibriumPropagation",
     "Euler",
     "Frozen",
     "Locality",
     "NonFiniteStateError",
+    "PredictiveCoding",
     "Relaxation",
     "UnconvergedWarning",
     "alignment",

@@ -49,6 +49,24 @@ class NonFiniteStateError(FloatingPointError):
         )
 
 
+class DivergedError(FloatingPointError):
+    """The states of a phase have run away from rest: the energy that they should lower has risen.
+
+    Attributes:
+        before: the energy at the feedforward pass.
+        after: the energy at the end of the phase.
+    """
+
+    def __init__(self, before: float, after: float, advice: str) -> None:
+        self.before = before
+        self.after = after
+        self.advice = advice
+        super().__init__(before, after, advice)
+
+    def __str__(self) -> str:
+        return f"the energy rose from {self.before:.4g} to {self.after:.4g} over the phase: {self.advice}"
+
+
 def in_float16(tensors: Iterable[Tensor]) -> bool:
     """Whether any of the tensors is in float16, whose range is so small that gradients are scaled to fit it: then an
     infinity is for the scaler, which leaves the step out and scales by less."""

@@ -41,7 +41,9 @@ class Phase:
         num_steps: steps of the states; 0 where they are found at once.
         passes: forward passes of the module beyond the user's own.
         products: calls of PyTorch's engine, each a product with Jacobians; the weight update is one.
-        energy: E = ½ Σ ‖ε_i‖² of the states in the end, where the rule has an energy and ``check_finite`` is on.
+        energy: E = ½ Σ ‖ε_i‖² in the end, where the rule has an energy and ``check_finite`` is on; of two phases the
+            larger.
+        residual: ``‖A x + s − x‖ / ‖A x + s‖`` before the last step, the largest of all vertices, likewise.
         states: by vertex name, in the order of the feedforward pass, the final state, of its activity's shape; None
             unless asked for with ``keep_states=True``.
     """
@@ -52,6 +54,7 @@ class Phase:
     passes: int = 0
     products: int = 1
     energy: float | None = None
+    residual: float | None = None
     states: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
 
@@ -101,7 +104,7 @@ class Rule(LearningRule):
         NonFiniteStateError: in the backward pass, if a state is not finite (``check_finite``).
     """
 
-    advice: ClassVar[str] = "look at the loss, and lower the learning rate"  # where a state is not finite
+    _advice: ClassVar[str] = "look at the loss, and lower the learning rate"  # where a state is not finite
     last_phase: Phase | None
 
     def __init__(self, module: nn.Module, settings: RuleSettings | None = None) -> None:
@@ -144,7 +147,7 @@ class Rule(LearningRule):
     def _finished(self, graph: Graph, states: States, phase: Phase) -> None:
         """What follows a phase, before the weight update."""
         if self.settings.check_finite:
-            check_states(graph, states, self.advice)
+            check_states(graph, states, self._advice)
         if self.settings.keep_states:
             kept = {v.name: states[v].detach().clone() for v in graph.recorded if v in states}
             phase = replace(phase, states=kept)
