@@ -8,7 +8,7 @@ a node's backward reads what the node has saved, and where a saved tensor came f
     from an activity                               the derivative of a function that is not linear
     from an activity, on the parameter's branch    the presynaptic activity
 
-May import: derivatives, feedback, graph, nested, vertices, wrapper, _pytorch.
+May import: derivatives, feedback, frozen, graph, nested, rule, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ from torch.utils.hooks import RemovableHandle
 from relaxprop._pytorch import backward_class, is_leaf_node, leaf_of
 from relaxprop.derivatives import EitherWay
 from relaxprop.feedback import FeedbackRule, SendBack
+from relaxprop.frozen import Frozen
 from relaxprop.graph import Vertex
 from relaxprop.nested import map_tensors, tensors_in, tensors_reached, tensors_requiring_grad
+from relaxprop.rule import LearningRule
 from relaxprop.vertices import find_layers
-from relaxprop.wrapper import ActivationRelaxation
 
 KINDS = {
     "weight transport": "W is known only to its layer's own synapses, but carries an error back",
     "weight signs": "the signs of W are known only to its layer's own synapses, but carry an error back",
     "memory of x̄": "non-local in time, as it has to be remembered while x relaxes",
     "minibatch": "batch norm's statistics are those of other samples too",
+    "error broadcast": "the output's error comes to every vertex directly, past all layers between",
+    "target broadcast": "the target comes to every vertex directly, past all layers",
+    "two phases": "a difference between two phases, of which the first has to be remembered",
 }
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What one update reads; x is a current state, x̄ a stored activity of the feedforward pass.
+    """What one update reads; x is a current state, x̄ an activity of the feedforward pass. Of rules whose activities
+    move, v is a current activity and ε its error.
 
     Attributes:
         update: ``x of 1``, the state of vertex 1; or a layer's parameters, ``0.weight, 0.bias``.
@@ -102,6 +107,7 @@ class _Use(NamedTuple):
     within: str = ""
 
 
+REMEMBERED = " at x̄"  # where x̄ is a memory; "at x̄" is where the activities still are it
 _Uses = dict[_Use, None]  # a set that keeps its order
 _Ways = Mapping[Node, Mapping[_Leaf, _Uses]]
 
@@ -115,6 +121,25 @@ _GAINS = {"Mul", "Div", "Addcmul", "PreluKernel"}  # and norms: one number per u
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _EITHER_WAY: Any = backward_class(EitherWay)
 _SEND_BACK: Any = backward_class(SendBack)
+
+
+class Words(NamedTuple):
+    """How a rule's rows are spelt.
+
+    Attributes:
+        state: what the vertices' update changes.
+        own: what a vertex reads of itself.
+        error: what comes to an update from a vertex.
+        activity: what is presynaptic, and where derivatives are taken, where it is no memory.
+    """
+
+    state: str = "x"
+    own: tuple[str, ...] = ("own x",)
+    error: str = "x"
+    activity: str = "x"
+
+
+RELAXATION = Words()
 
 
 class Walk:
@@ -131,8 +156,15 @@ class Walk:
         returned: by node, the layer that returned what it computed.
     """
 
-    def __init__(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.module, self.frozen = model.module, model.settings.frozen
+    def __init__(
+        self,
+        model: LearningRule,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        frozen: Frozen,
+        words: Words = RELAXATION,
+    ) -> None:
+        self.module, self.frozen, self.words = model.module, frozen, words
         self.names = {m: name or type(m).__name__ for name, m in model.module.named_modules()}
         self.modules = {name: m for m, name in self.names.items()}
         self.vertices: dict[Vertex, Node] = {}
@@ -150,7 +182,7 @@ class Walk:
         self.memory = {p.untyped_storage().data_ptr(): name for p, name in named if p.numel()}
         self._record(model, inputs, kwargs)
 
-    def _record(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _record(self, model: LearningRule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         # Where the input requires grad, the graph tells who reads it.
         traced = self.frozen.input and not tensors_requiring_grad((inputs, kwargs))
         if traced:
@@ -340,8 +372,8 @@ class Walk:
             children, uses = self._children(ways, [_Leaf("vertex", vertex.name)])
             # As in `Graph.initial_states`: an output that no vertex reads is held at its error.
             held = id(vertex.stand_in) in self.clamped and set(children) <= self.ends.keys()
-            own = () if held else ("own x",)
-            yield self._reads(f"x of {vertex.name}", 1, own, children, uses)
+            own = () if held else self.words.own
+            yield self._reads(f"{self.words.state} of {vertex.name}", 1, own, children, uses)
 
     def layers(self) -> Iterator[Reads]:
         """(2): a row for every layer, and one for its learned backwards weights."""
@@ -360,7 +392,7 @@ class Walk:
 
     def _children(self, ways: _Ways, leaves: Sequence[_Leaf]) -> tuple[tuple[str, ...], _Uses]:
         """The vertices and outputs whose error comes to any of these leaves directly, and what is read on its way."""
-        starts = {f"x of {vertex.name}": node for vertex, node in self.vertices.items()} | self.ends
+        starts = {f"{self.words.error} of {vertex.name}": node for vertex, node in self.vertices.items()} | self.ends
         children: dict[str, None] = {}
         uses: _Uses = {}
         for name, node in starts.items():
@@ -402,16 +434,16 @@ class Walk:
                     derivative.append(f"f' of {name} dropped")
                 case "derivative":
                     where = self._where(use, equation, layer)
-                    derivative.append(f"f' of {name} {where}")
-                    if where == "at x̄":
+                    derivative.append(f"f' of {name} {where.strip()}")
+                    if where == REMEMBERED:
                         non_local.append(f"memory of x̄: f' of {name}")
                 case _:
                     stored = use.moves and self.frozen.update_activity
                     what = f"output of {name}" if use.kind == "output" else name
                     if use.kind == "vertex":
-                        what = f"{'x̄' if stored else 'x'} of {name}"
+                        what = f"{'x̄' if stored else self.words.activity} of {name}"
                     elif use.moves:
-                        what += " at x̄" if stored else " at x"
+                        what += " at x̄" if stored else f" at {self.words.activity}"
                     presynaptic.append(f"pre: {what}")
                     if stored:
                         non_local.append(f"memory of x̄: {what}")
@@ -427,11 +459,12 @@ class Walk:
     def _where(self, derivative: _Use, equation: int, layer: str | None) -> str:
         if not derivative.moves:
             return "at input"
+        current = f"at {self.words.activity}"
         if equation == 1:
-            return "at x̄" if self.frozen.relaxation_derivative else "at x"
+            return REMEMBERED if self.frozen.relaxation_derivative else current
         # What is within the layer itself is taken with the presynaptic activity, see `Graph.update`.
         within = derivative.within == layer
-        return "at x̄" if (self.frozen.update_activity if within else self.frozen.update_derivative) else "at x"
+        return REMEMBERED if (self.frozen.update_activity if within else self.frozen.update_derivative) else current
 
 
 def _once(entries: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -82,6 +82,21 @@ class RuleSettings:
         object.__setattr__(self, "vertices", kept_vertices(self.vertices))
 
 
+class Described(NamedTuple):
+    """What `describe_locality` says of a rule.
+
+    Attributes:
+        schedule: in which order the states are updated, and what that takes.
+        broadcast: for a rule whose states come directly from somewhere, from what, and the kind of what is not local in
+            that, of `inspect.walk.KINDS`; None for a rule whose activities move by errors between layers.
+        of_updates: what is not local in every weight update, as ``kind: what``.
+    """
+
+    schedule: str
+    broadcast: tuple[str, str] | None = None
+    of_updates: tuple[str, ...] = ()
+
+
 class Rule(LearningRule):
     """Base of the learning rules: wraps ``module``, and ``loss.backward()`` fills ``.grad`` by the rule.
 
@@ -109,6 +124,11 @@ class Rule(LearningRule):
 
     def __init__(self, module: nn.Module, settings: RuleSettings | None = None) -> None:
         super().__init__(module, RuleSettings() if settings is None else settings)
+
+    @property
+    def _locality(self) -> Described | None:
+        """What the rule's updates read; None where it does not say."""
+        return None
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
         """The state of each of ``graph.vertices``, and the record of how they were found.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from relaxprop.graph import Graph, States, Vertex
 from relaxprop.recording import Recording
 from relaxprop.rule import shown
-from relaxprop.rules.base import Phase, Rule, RuleSettings, refuse_target_of_its_own
+from relaxprop.rules.base import Described, Phase, Rule, RuleSettings, refuse_target_of_its_own
 from relaxprop.vertices import Granularity, are_operations
 
 ErrorSource = Literal["output", "target"]
@@ -126,6 +126,14 @@ class DirectFeedback(Rule):
         super()._configure(settings)
         if self.settings.error == "target":
             refuse_target_of_its_own(self)
+
+    @property
+    def _locality(self) -> Described:
+        if self.settings.error == "target":
+            return Described(
+                "none: each layer's update is there as soon as its activity is", ("target", "target broadcast")
+            )
+        return Described("none: all states are there as soon as ∂L/∂output is", ("∂L/∂output", "error broadcast"))
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
         return self._fed_back(graph, _errors(graph))

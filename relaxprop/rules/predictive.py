@@ -33,13 +33,14 @@ from relaxprop.graph import Gradients, Graph, Linearisation, States, vector_jaco
 from relaxprop.nested import tensors_reached
 from relaxprop.recording import Recording, record
 from relaxprop.rule import rule_of, shown
-from relaxprop.rules.base import Phase, Rule, RuleSettings, refuse_target_of_its_own
+from relaxprop.rules.base import Described, Phase, Rule, RuleSettings, refuse_target_of_its_own
 from relaxprop.transients import check_count, check_step_size
 from relaxprop.update import Update, gradients
 from relaxprop.variants import Variant
 from relaxprop.vertices import Granularity, are_operations, find_vertices
 
 LossFunction = Callable[[Any, Any], Tensor]
+_CLOCK = "simultaneous: all activities step together, by a global clock"
 ADVICE = "lower the step size, the learning rate or the loss's scale"
 # The module is run again at the moved activities: nothing stays as the feedforward pass left it.
 _MOVING = Frozen(relaxation_derivative=False, update_derivative=False, update_activity=False)
@@ -233,6 +234,10 @@ class PredictiveCoding(EnergyRule):
     ) -> None:
         super().__init__(module, loss_fn, EnergySettings(vertices, check_finite, keep_states, step_size, num_steps))
 
+    @property
+    def _locality(self) -> Described:
+        return Described(_CLOCK)
+
     def _moved(self, moving: _Moving, graph: Graph) -> tuple[States, Phase]:
         rest = moving.descend(graph, self.settings)
         moving.gradients = moving.gradients_at(rest)
@@ -296,6 +301,15 @@ class EquilibriumPropagation(EnergyRule):
     ) -> None:
         settings = NudgedSettings(vertices, check_finite, keep_states, step_size, num_steps, beta, centred)
         super().__init__(module, loss_fn, settings)
+
+    @property
+    def _locality(self) -> Described:
+        if not self.settings.centred:
+            return Described(f"{_CLOCK}; after a free phase, a signal to all of them switches the nudge on")
+        return Described(
+            f"{_CLOCK}; a signal to all of them switches from one phase to the other",
+            of_updates=("two phases: +β and −β",),
+        )
 
     def _moved(self, moving: _Moving, graph: Graph) -> tuple[States, Phase]:
         beta, given = float(self.settings.beta), graph.output_cotangents
