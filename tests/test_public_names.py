@@ -12,11 +12,15 @@ PUBLIC_NAMES = [
     "ClosedForm",
     "Continuous",
     "Convergence",
+    "DirectFeedback",
+    "DivergedError",
     "Equilibrium",
+    "EquilibriumPropagation",
     "Euler",
     "Frozen",
     "Locality",
     "NonFiniteStateError",
+    "PredictiveCoding",
     "Relaxation",
     "UnconvergedWarning",
     "alignment",
@@ -25,6 +29,7 @@ PUBLIC_NAMES = [
     "describe_locality",
     "drop_derivatives",
     "feedback_alignment",
+    "mirror_weights",
     "steps_to_converge",
     "use_feedback",
 ]
@@ -65,6 +70,7 @@ def test_signatures_of_the_contract() -> None:
         "certificate": "(model, *inputs, **kwargs)",
         "convergence": "(model, loss_fn, *inputs, solver=None, **kwargs)",
         "use_feedback": "(module, rule='learned', *, skip=())",
+        "mirror_weights": "(module, *, samples=64, rate=0.1)",
         "drop_derivatives": "(module, *, relaxation=True, update=True)",
     }
     for name, expected in signatures.items():
