@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import relaxprop
+from relaxprop import plots
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the site is made in t
 
 def test_every_public_name_has_its_place_among_the_names() -> None:
     shown = re.findall(r"^\.\. auto\w+:: (\S+)", (DOCS / "api.md").read_text(encoding="utf-8"), re.M)
-    assert sorted(shown) == sorted(f"relaxprop.{name}" for name in relaxprop.__all__)
+    plotting = [f"plots.{name}" for name in plots.__all__]
+    assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting))
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
