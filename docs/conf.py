@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 from typer.main import get_command
 
 import relaxprop
+from relaxprop.lab.bench import Benchmark, markdown
 from relaxprop.lab.cli.main import app as command_line
 
 HERE = Path(__file__).parent
@@ -50,7 +51,6 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 default_role = "py:obj"
-suppress_warnings = ["toc.empty_glob"]  # pages that are generated join where they are
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -66,14 +66,23 @@ def equations_are_literal(app: Sphinx, what: str, name: str, obj: object, option
         before = line
 
 
-def write_command_line(app: Sphinx) -> None:
-    """The commands with all their options, as Typer describes them."""
+def write_generated(app: Sphinx) -> None:
+    """The commands with all their options, as Typer describes them, and the tables of kept benchmarks."""
+    folder = HERE / "generated"
+    folder.mkdir(exist_ok=True)
+    kept = (HERE.parent / "results" / "bench-mlp.json").read_text(encoding="utf-8")
+    (folder / "bench-mlp.md").write_text(markdown(Benchmark.model_validate_json(kept)), encoding="utf-8")
     command = get_command(command_line)
     context = command.make_context("relaxprop", ["--help"], resilient_parsing=True)
     pages = typer.cli.get_docs_for_click(obj=command, ctx=context, name="relaxprop")
-    path = HERE / "generated" / "command_line.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(pages.partition("\n## ")[1] + pages.partition("\n## ")[2], encoding="utf-8")
+    commands = re.sub("^#", "##", "".join(pages.partition("\n## ")[1:]), flags=re.M)
+    (folder / "command_line.md").write_text(commands, encoding="utf-8")
+
+
+def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """The page of claims is generated from the kept results, and joins the others where it is."""
+    if name == "index" and not (HERE / "claims.md").exists():
+        source[0] = source[0].replace("\nclaims\n", "\n")
 
 
 def inline_mathml(self: object, node: nodes.math) -> None:
@@ -89,4 +98,5 @@ def display_mathml(self: object, node: nodes.math_block) -> None:
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (inline_mathml, None), (display_mathml, None))
     app.connect("autodoc-process-docstring", equations_are_literal, priority=100)  # before napoleon
-    app.connect("builder-inited", write_command_line)
+    app.connect("builder-inited", write_generated)
+    app.connect("source-read", without_missing_pages)
