@@ -18,7 +18,7 @@ test: $(VENV)/test
 
 # The site, in docs/_build/html. Nothing is fetched; a warning, a notebook that fails or a link that leads nowhere ends it.
 docs: $(VENV)/docs
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --builder html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
 
 # The tools that the wrapper is tried in, a part of the tests above. The outcome is kept under results/works-with.

@@ -9,6 +9,7 @@ May import: inspect.alignment, inspect.convergence, solvers, transients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -133,9 +134,15 @@ def hop_distribution(solver: Solver, depth: int, *, ax: Axes | None = None) -> A
     left = np.abs(weights[inside]).sum()
     ax.bar(k[inside], weights[inside], color="C0", label=f"k < {depth}: what is left, {left:.2g} in all")
     ax.bar(k[~inside], weights[~inside], fill=False, edgecolor="C0", label=f"k ≥ {depth}: has left the graph")
-    ax.set(xlabel="hops k from the output", ylabel="weight $c_k$ of the initial state", title=str(solver))
+    ax.set(xlabel="hops k from the output", ylabel="weight $c_k$ of the initial state", title=_short(solver))
     ax.legend(fontsize="small")
     return ax
+
+
+def _short(solver: Solver) -> str:
+    """``ClosedForm(0.1, 100)``: the name and what is set, as a title has room for."""
+    values = [getattr(solver, field.name) for field in fields(solver)]
+    return f"{type(solver).__name__}({', '.join(str(v) for v in values if v not in (None, 'simultaneous'))})"
 
 
 def _with_steps(solver: Solver, depth: int) -> Solver:

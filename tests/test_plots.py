@@ -102,6 +102,7 @@ def test_the_bars_are_the_probabilities_of_so_many_hops(solver: Solver, ax: Axes
     legend = ax.get_legend()
     assert legend is not None
     assert f"{HOPS[solver].cdf(3):.2g} in all" in legend.get_texts()[0].get_text()
+    assert ax.get_title() in ("ClosedForm(0.1, 50)", "Euler(0.1, 50, asynchronous)", "Continuous(5.0)")
 
 
 def test_a_planned_number_of_steps_is_that_of_the_depth(ax: Axes) -> None:
