@@ -1,16 +1,23 @@
-"""Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`."""
+"""Train PyTorch networks by Activation Relaxation. Equations: `relaxprop.relaxation`.
 
-from relaxprop.derivatives import drop_derivatives
-from relaxprop.feedback import use_feedback
-from relaxprop.finite import NonFiniteStateError
-from relaxprop.frozen import Frozen
-from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
-from relaxprop.inspect.convergence import Convergence, certificate, convergence
-from relaxprop.inspect.locality import Locality, describe_locality
-from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
-from relaxprop.transients import steps_to_converge
-from relaxprop.unconverged import UnconvergedWarning
-from relaxprop.wrapper import ActivationRelaxation
+A name is imported when it is first asked for: PyTorch takes seconds, and what only reads records does without it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relaxprop.derivatives import drop_derivatives
+    from relaxprop.feedback import use_feedback
+    from relaxprop.finite import NonFiniteStateError
+    from relaxprop.frozen import Frozen
+    from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
+    from relaxprop.inspect.convergence import Convergence, certificate, convergence
+    from relaxprop.inspect.locality import Locality, describe_locality
+    from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
+    from relaxprop.transients import steps_to_converge
+    from relaxprop.unconverged import UnconvergedWarning
+    from relaxprop.wrapper import ActivationRelaxation
 
 __version__ = "0.1.0"
 
@@ -37,3 +44,29 @@ __all__ = [
     "steps_to_converge",
     "use_feedback",
 ]
+
+_ROOMS = {
+    "derivatives": ["drop_derivatives"],
+    "feedback": ["use_feedback"],
+    "finite": ["NonFiniteStateError"],
+    "frozen": ["Frozen"],
+    "inspect.alignment": ["Alignment", "alignment", "feedback_alignment"],
+    "inspect.convergence": ["Convergence", "certificate", "convergence"],
+    "inspect.locality": ["Locality", "describe_locality"],
+    "solvers": ["PAPER", "ClosedForm", "Continuous", "Equilibrium", "Euler", "Relaxation"],
+    "transients": ["steps_to_converge"],
+    "unconverged": ["UnconvergedWarning"],
+    "wrapper": ["ActivationRelaxation"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            found = globals()[name] = getattr(import_module(f"relaxprop.{room}"), name)
+            return found
+    raise AttributeError(f"module 'relaxprop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

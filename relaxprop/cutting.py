@@ -126,7 +126,7 @@ class Arguments:
         self.args, self.kwargs = args, kwargs
         self.inputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the input: one that is given twice is the same
-        for x in itertools.chain.from_iterable(map(tensors_in, (*args, *kwargs.values()))):
+        for x in [x for given in (*args, *kwargs.values()) for x in tensors_in(given)]:
             if (x.requires_grad or (relax and x.is_floating_point())) and id(x) not in self._stand_ins:
                 self._stand_ins[id(x)] = stand_in = x.detach().requires_grad_()
                 self.inputs[id(stand_in)] = x, stand_in
@@ -169,8 +169,8 @@ class Arguments:
 
     def options(self) -> object:
         """What among the arguments may tell the model what to do, rather than with what: names, flags and words."""
-        given = itertools.chain(enumerate(self.args), self.kwargs.items())
-        return [(name, x if isinstance(x, _WORDS) else None) for name, x in given]
+        given = [*self.args, *self.kwargs.values()]
+        return [*self.kwargs, *[x if isinstance(x, _WORDS) else None for x in given]]
 
     def copied(self) -> Arguments:
         """The same tensors in lists and dicts of their own, which the model may write into."""
@@ -219,6 +219,7 @@ class Run:
         outputs: the tensors of the result that require grad.
         calls: how often each vertex's module, or each operation, was called.
         within: the operations within the modules that are vertices, where the cut reports.
+        other_hooks: whether hooks were registered that are not on tensors, where that was watched.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class Run:
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self.model = ""  # the name of its class
         self.begins: object = None
+        self.other_hooks = False
         self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
@@ -264,7 +266,9 @@ class Run:
                 result = module(*args, **kwargs)
                 if arguments.inputs:  # afterwards the caller's own lists hold the caller's own inputs
                     result = rebuilt(result, {})
-            if sight is None and hooks_registered() != registered:
+            if sight is not None:
+                self.other_hooks = hooks_registered() - registered > sight.hooks
+            elif hooks_registered() != registered:
                 activities = [x for v in self.vertices for x in (v.output, v.stand_in)]
                 hooked_unseen(self.model, activities, arguments.inputs.values())
         except RuntimeError as error:

@@ -48,7 +48,7 @@ class NonFiniteStateError(FloatingPointError):
 def in_float16(tensors: Iterable[Tensor]) -> bool:
     """Whether any of the tensors is in float16, whose range is so small that gradients are scaled to fit it: then an
     infinity is for the scaler, which leaves the step out and scales by less."""
-    return any(x.dtype is torch.float16 for x in tensors)
+    return torch.float16 in [x.dtype for x in tensors]
 
 
 def check_finite(graph: Graph, states: States, solver: Solver) -> None:

@@ -369,8 +369,8 @@ def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, T
     if type(place) is Vertex:
         return [_place(place.output, vertex_of)]
     inputs: list[_Place] = []
-    edges = ((place, 0),) if is_leaf_node(place) else place.next_functions
-    for node, _ in edges:
+    # A leaf's node reads nothing: where an output is a leaf, the place is that node.
+    for node, _ in place.next_functions or ((place, 0),):
         if is_leaf_node(node):
             variable = leaf_of(node)
             vertex = vertex_of.get(id(variable))

@@ -11,17 +11,25 @@ relaxation, solvers, transparent, unconverged, update, vertices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph, run_uncompiled
+from relaxprop._pytorch import (
+    hook_arrived,
+    in_transform,
+    is_compiled,
+    is_exporting,
+    is_tracing,
+    not_in_a_whole_graph,
+    run_uncompiled,
+)
 from relaxprop.cutting import Writes
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient, in_float16
@@ -37,7 +45,7 @@ from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, ch
 from relaxprop.transparent import Transparent
 from relaxprop.unconverged import tell, warn_user
 from relaxprop.update import Update
-from relaxprop.vertices import Granularity, Hooked, are_operations, find_vertices, named_parts
+from relaxprop.vertices import Granularity, Hooked, are_operations, choose_vertices, find_vertices, named_parts
 
 UNTIL_CONVERGED = ClosedForm()
 REVERSE_MODE = at_equilibrium(vertices=None, depth=None)  # the record of a graph that was not cut
@@ -80,6 +88,12 @@ class Settings:
         ):
             object.__setattr__(self, "vertices", tuple(self.vertices))
         check_together(self.solver, self.vertices, self.frozen)
+
+    @cached_property
+    def needs_no_cut(self) -> bool:
+        """Whether one reverse sweep gives the gradients, unless a derivative is dropped in (1) or (2) only."""
+        asked = self.measure_residual or self.keep_states or self.report_unrelaxed
+        return self.solver.is_limit and self.frozen == ALL_FROZEN and not asked
 
 
 def check_together(solver: Solver, vertices: Granularity | Iterable[nn.Module], frozen: Frozen) -> None:
@@ -268,8 +282,10 @@ class ActivationRelaxation(Transparent):
         if in_transform():
             _refuse_transforms(self.module, args, kwargs)
         settings = self.settings
-        if settings.solver.is_limit and self._is_reverse_mode():
-            return self._reverse_mode(args, kwargs)
+        if settings.needs_no_cut:
+            parts = named_parts(self.module)
+            if not differs_by_phase(parts):
+                return self._reverse_mode(parts, args, kwargs)
         recording = self.record(args, kwargs)
         if not recording.graph.outputs:
             return recording.result
@@ -356,28 +372,24 @@ class ActivationRelaxation(Transparent):
     def _keep_record(self, relaxation: Relaxation | None) -> None:
         vars(self)["last_relaxation"] = relaxation
 
-    def _is_reverse_mode(self) -> bool:
-        """Whether the gradients at equilibrium are those of one reverse sweep."""
-        settings = self.settings
-        if settings.frozen != ALL_FROZEN:
-            return False
-        if settings.measure_residual or settings.keep_states or settings.report_unrelaxed:
-            return False
-        return not differs_by_phase(named_parts(self.module))
-
-    def _reverse_mode(self, args: Any, kwargs: Any) -> Any:
+    def _reverse_mode(self, parts: Mapping[nn.Module, str], args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
         settings = self.settings
         look = settings.check_finite or not self._told
-        vertices = find_vertices(self.module, settings.vertices) if look else {}
-        called, scaled = set[nn.Module](), False  # `scaled`: whether infinities are left to a gradient scaler
+        vertices = choose_vertices(self.module, parts, settings.vertices) if look else {}
+        called: set[nn.Module] = set()
+        scaled = False  # whether infinities are left to a gradient scaler
+
+        def check(name: str, x: Tensor | None) -> None:
+            if not scaled:
+                check_gradient(name, x)
 
         def watch(tensor: Tensor, name: str) -> Tensor:
             nonlocal scaled
             if in_transform():  # nobody knows what a transform of torch.func makes of a hook
                 return tensor
             scaled = scaled or in_float16([tensor])
-            tensor.register_hook(lambda x: None if scaled else check_gradient(name, x))  # type: ignore[no-untyped-call]
+            hook_arrived(tensor, partial(check, name))
             return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:
@@ -402,7 +414,7 @@ class ActivationRelaxation(Transparent):
                 _tell_missing(settings.vertices, bool(called), uncalled)
         for tensor in outputs.values():
             if tensor.grad_fn is not None:
-                tensor.register_hook(at_output)  # type: ignore[no-untyped-call]
+                hook_arrived(tensor, at_output)
         return result
 
     def extra_repr(self) -> str:

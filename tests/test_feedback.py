@@ -328,7 +328,7 @@ def test_what_drops_in_one_place_only_needs_a_relaxation_phase() -> None:
         (nn.Sequential(nn.Softmax(1)), {}, ValueError, ("'0'", "Softmax", "elementwise")),
         (nn.PReLU(), {}, ValueError, ("PReLU", "parameters")),
     ],
-    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x),
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else getattr(x, "__name__", str(x)),
 )
 def test_dropping_is_refused_where_it_has_no_meaning(
     module: nn.Module, options: dict[str, bool], error: type[Exception], parts: tuple[str, ...]

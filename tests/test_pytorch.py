@@ -283,6 +283,35 @@ def test_a_hook_on_what_accumulates_is_the_public_one() -> None:
         assert not arrived
 
 
+def test_a_hook_on_a_computed_tensor_sees_its_gradient_beside_the_users() -> None:
+    for users_first in (False, True):
+        x, arrived = leaf(2), list[tuple[str, Tensor]]()
+        y = 3 * x
+
+        def own(gradient: Tensor, arrived: list[tuple[str, Tensor]] = arrived) -> None:
+            arrived.append(("own", gradient))
+
+        def users(gradient: Tensor, arrived: list[tuple[str, Tensor]] = arrived) -> Tensor:
+            arrived.append(("the user's", gradient))
+            return 2 * gradient
+
+        registered = _pytorch.hooks_registered()
+        if not users_first:
+            _pytorch.hook_arrived(y, own)
+        assert _pytorch.hooks_registered() == registered  # it is not taken for one of the model's
+        handle = y.register_hook(users)  # type: ignore[no-untyped-call]
+        if users_first:
+            _pytorch.hook_arrived(y, own)
+        y.sum().backward()  # type: ignore[no-untyped-call]
+        assert [who for who, _ in arrived] == (["the user's", "own"] if users_first else ["own", "the user's"])
+        assert dict(arrived)["the user's"].tolist() == [1, 1]
+        assert dict(arrived)["own"].tolist() == ([2, 2] if users_first else [1, 1])
+        assert x.grad is not None
+        assert x.grad.tolist() == [6, 6]
+        handle.remove()
+        assert list((_pytorch.arrived_hooks(y) or {}).values()) == [own]
+
+
 @pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: torch.jit.script(nn.Linear(2, 2))])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_hook_on_calls_follows_those_that_are_there_and_is_taken_away(make: Callable[[], nn.Module]) -> None:

@@ -122,7 +122,8 @@ def resnet(channels: int, classes: int, sizes: Sequence[int], depths: Sequence[i
         num_channels=channels, embedding_size=sizes[0], hidden_sizes=[*sizes], depths=[*depths], layer_type="basic"
     )
     config.num_labels = classes
-    return ResNetForImageClassification(config)
+    model: nn.Module = ResNetForImageClassification(config)
+    return model
 
 
 def gpt2(vocabulary: int, length: int, *, width: int, layers: int, heads: int) -> nn.Module:
@@ -136,7 +137,8 @@ def gpt2(vocabulary: int, length: int, *, width: int, layers: int, heads: int) -
     config = GPT2Config(
         vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=layers, n_head=heads, **options
     )
-    return GPT2LMHeadModel(config)
+    model: nn.Module = GPT2LMHeadModel(config)
+    return model
 
 
 def memory_format(name: str) -> torch.memory_format:

@@ -351,7 +351,7 @@ def conv1d(n_in: int, n_out: int) -> Any:
     """Hugging Face's own linear layer, its weight transposed."""
     from transformers.pytorch_utils import Conv1D
 
-    return Conv1D(n_out, n_in)  # type: ignore[no-untyped-call]
+    return Conv1D(n_out, n_in)
 
 
 def vector() -> Tensor:
