@@ -67,6 +67,7 @@ _ROOMS = {
     "unconverged": ["UnconvergedWarning"],
     "wrapper": ["ActivationRelaxation"],
 }
+_PARTS = {"inspect", "plots", "rules"}
 
 
 def __getattr__(name: str) -> Any:
@@ -74,6 +75,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             found = globals()[name] = getattr(import_module(f"relaxprop.{room}"), name)
             return found
+    if name in _PARTS:
+        return import_module(f"relaxprop.{name}")
     raise AttributeError(f"module 'relaxprop' has no attribute {name!r}")
 
 
