@@ -1,4 +1,4 @@
-"""What is uploaded: the wheel and the source distribution; and the wheel works where only what it asks for is installed."""
+"""What is uploaded: the wheel and the source distribution. The wheel works where only what it asks for is there."""
 
 from __future__ import annotations
 
