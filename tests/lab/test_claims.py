@@ -162,7 +162,7 @@ def test_the_authors_code_is_no_evidence_for_the_papers_text(tmp_path: Path) -> 
     page = claims.page(found, None, "make")
     assert "## Figure 1, as coded and as written" in page
     row = (
-        "| b, as coded: f'(W x) in the update | 86.07 ± 0.58 | 88.07 ± 0.58 | 3 | -2.00 ± 0.00 | -2.00 to -2.00 | does"
+        "| b, as coded: f'(W x) in the update | 86.07 ± 0.58 | 88.07 ± 0.58 | 3 | -2.00 ± 0.00 | -2.00 to -2.00 | no: "
     )
     assert row in page
 
@@ -266,18 +266,23 @@ def test_holms_correction_is_over_all_claims_of_the_page(tmp_path: Path) -> None
     assert "(-2.6 points, after Holm's correction open)" in claims.first_sentence(lines)
 
 
-def test_a_short_table_has_the_same_verdicts(tmp_path: Path) -> None:
-    kept(tmp_path, "figure", EQUAL)
+def test_the_short_tables_have_the_same_verdicts(tmp_path: Path) -> None:
+    kept(tmp_path, "figure", EQUAL | {"d": [0.1, 0.1, 0.11]})
     rows = claims.short_table(sources(tmp_path)).splitlines()
-    assert len(rows) == 2 + 37
-    low, high = judged([B], sources(tmp_path))[0].found.difference.interval  # type: ignore[union-attr]
-    expected = (
-        f"| Figure 1, MNIST: b: with f'(W x) in the update, the accuracy stays the same | -3.00 ± 0.06 | "
-        f"{100 * low:.2f} to {100 * high:.2f} | **does not hold**: -3.0 points |"
-    )
-    assert expected in rows
+    assert len(rows) == 2 + 5 + 1 + 2 + 9
+    (line,) = judged([B], sources(tmp_path))
+    assert line.found is not None
+    low, high = line.found.difference.interval
+    said = f"-3.00 ({100 * low:.2f} to {100 * high:.2f}), n = 3: **does not hold**"
+    assert f"| b: f'(W x) in the update | the same | {said} | no runs |" in rows
+    assert any(row.startswith("| d: presynaptic x in the update | destroyed | -80.73 (") for row in rows)
+    assert "| f': no f' anywhere | the same; SVHN: worse | no runs | no runs | no runs |" in rows
     status, said = invoke("claims", tmp_path, "--short")
     assert (status, said.splitlines()) == (0, rows)
+    status, said = invoke("claims", tmp_path, "--out", tmp_path / "docs" / "page.md")
+    assert (status, said.strip()) == (0, str(tmp_path / "docs" / "page.md"))
+    command = f"`relaxprop claims {tmp_path.name} --out docs/page.md`"
+    assert command in (tmp_path / "docs" / "page.md").read_text()
 
 
 def test_damaged_results_are_refused_by_their_file(tmp_path: Path) -> None:

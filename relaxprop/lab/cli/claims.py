@@ -53,7 +53,7 @@ def collect(
 def claims(
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The folder of kept results.")] = Path("results"),
     out: Annotated[Path | None, typer.Option(help="The file to write. (default: to the terminal)")] = None,
-    short: Annotated[bool, typer.Option("--short", help="Only a table of differences and verdicts.")] = False,
+    short: Annotated[bool, typer.Option("--short", help="Only tables of differences and verdicts.")] = False,
 ) -> None:
     """Say what is kept on each of the paper's claims, and what is still to be computed, as a Markdown document.
 
@@ -65,7 +65,8 @@ def claims(
     else:
         queue = read_queue(results / QUEUE) if (results / QUEUE).exists() else None
         command = f"relaxprop claims {results.resolve().name}"
-        text = page(found, queue, command if out is None else f"{command} --out {out.parent.name}/{out.name}")
+        shown = "" if out is None else (Path(out.absolute().parent.name) / out.name).as_posix()
+        text = page(found, queue, f"{command} --out {shown}" if shown else command)
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -1,13 +1,14 @@
 """The page of the paper's claims: each beside the best that is kept on it, and what is still to be computed.
 
 May import: lab.experiments.evidence, lab.experiments.paper, lab.experiments.queue, lab.report.claims,
-lab.report.tables, lab.stats.
+lab.report.tables, lab.results, lab.stats.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 
 from relaxprop.lab.experiments.evidence import CLAIMS, FIGURES, SUPPORTING, Line, Source, judged
@@ -15,6 +16,7 @@ from relaxprop.lab.experiments.paper import EXPERIMENTS
 from relaxprop.lab.experiments.queue import Queue, State, states
 from relaxprop.lab.report.claims import BESIDE, RULES, beside_table
 from relaxprop.lab.report.tables import markdown_table
+from relaxprop.lab.results import BASELINE, REFERENCE
 from relaxprop.lab.stats import LEVEL, MOST_SEEDS, Claim, Mean
 
 SAID: dict[Claim, str] = {
@@ -26,7 +28,7 @@ COLUMNS = (
     "the paper's claim", "seeds", "epochs", "difference (points)", "95 % interval", "verdict", "would decide",
     "evidence", "command",
 )  # fmt: skip
-SHORT = ("the paper's claim", "our difference (points)", "95 % interval", "verdict")
+PAPER: dict[Claim, str] = {"equivalent": "the same", "worse": "worse", "destroyed": "destroyed"}
 PAPERS = "the paper's "
 QUEUE = ("item", "command", "runs", "there", "missing", "core-hours")
 
@@ -50,6 +52,8 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
         "their own in place of the weights' transpose; *no f'* means that 1 stands for it. The difference is of the "
         "test accuracy after the last epoch, seed by seed, to Activation Relaxation by Algorithm 1.",
     ]
+    parts += ["## At a glance", "The difference in points with its 95 % interval, and the verdict.",
+              _short_table([*lines, *supporting])]  # fmt: skip
     for figure, dataset in FIGURES:
         own = [line for line in lines if line.claim[:2] == (figure, dataset)]
         parts += [
@@ -75,11 +79,41 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
 
 
 def short_table(found: Sequence[Source]) -> str:
-    """Of all claims, and what they rest on, the difference with its interval and the verdict."""
-    rows = []
-    for line in [*judged(CLAIMS, found), *judged(SUPPORTING, found)]:
-        rows.append((f"{_title(line)}: {in_words(line)}", *_difference(line), _verdict(line)))
-    return markdown_table(SHORT, rows)
+    """The differences with their intervals and the verdicts alone: a row for a condition, a column for a data set."""
+    return _short_table([*judged(CLAIMS, found), *judged(SUPPORTING, found)])
+
+
+def _short_table(lines: Sequence[Line]) -> str:
+    tables = []
+    for together in (FIGURES[:2], FIGURES[2:]):
+        own = [line for line in lines if line.claim[:2] in together]
+        rows = []
+        figure, dataset = together[0]
+        for name in (name for name in EXPERIMENTS[figure].of(dataset) if name != REFERENCE):
+            by_data = {line.claim.dataset: line for line in own if line.claim.name == name}
+            (usual, _), *others = Counter(line.claim.condition.claim for line in by_data.values()).most_common()
+            exceptions = [
+                f"{NAMES[dataset]}: {PAPER[line.claim.condition.claim]}"
+                for dataset, line in by_data.items()
+                if others and line.claim.condition.claim != usual
+            ]
+            title = next(iter(by_data.values())).claim.condition.title
+            label = title if name == BASELINE else f"{name}: {title}"
+            said = "; ".join([PAPER[usual], *exceptions])
+            rows.append((label, said, *(_short(by_data[dataset]) for _, dataset in together)))
+        tables.append(markdown_table(("with", "the paper", *(NAMES[dataset] for _, dataset in together)), rows))
+    return "\n".join(tables)
+
+
+def _short(line: Line) -> str:
+    if line.found is None:
+        return "no runs"
+    difference = line.found.difference
+    low, high = difference.interval
+    interval = f" ({100 * low:.2f} to {100 * high:.2f})" if difference.n > 1 else ""
+    said = line.verdict.partition(":")[0].replace("does not hold", "**does not hold**")
+    after = ", after Holm open" if _is_open_after(line) else ""
+    return f"{100 * difference.mean:.2f}{interval}, n = {difference.n}: {said}{after}"
 
 
 def first_sentence(lines: Sequence[Line]) -> str:
@@ -115,7 +149,7 @@ def _named(refuted: Sequence[Line]) -> str:
 def in_words(line: Line) -> str:
     """The claim, in words."""
     condition, name = line.claim.condition, line.claim.name
-    if name == "baseline":
+    if name == BASELINE:
         return "Activation Relaxation reaches backpropagation's accuracy"
     return f"{name}: with {condition.title}, {SAID[condition.claim]}"
 
