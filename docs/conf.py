@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer.cli
@@ -67,16 +69,27 @@ def equations_are_literal(app: Sphinx, what: str, name: str, obj: object, option
 
 
 def write_generated(app: Sphinx) -> None:
-    """The commands with all their options, as Typer describes them, and the tables of kept benchmarks."""
+    """What pages include: all commands as Typer describes them, a kept benchmark's tables, the files' own words."""
     folder = HERE / "generated"
     folder.mkdir(exist_ok=True)
     kept = (HERE.parent / "results" / "bench-mlp.json").read_text(encoding="utf-8")
     (folder / "bench-mlp.md").write_text(markdown(Benchmark.model_validate_json(kept)), encoding="utf-8")
+    (folder / "rooms.md").write_text("\n".join(rooms()), encoding="utf-8")
     command = get_command(command_line)
     context = command.make_context("relaxprop", ["--help"], resilient_parsing=True)
     pages = typer.cli.get_docs_for_click(obj=command, ctx=context, name="relaxprop")
     commands = re.sub("^#", "##", "".join(pages.partition("\n## ")[1:]), flags=re.M)
     (folder / "command_line.md").write_text(commands, encoding="utf-8")
+
+
+def rooms() -> Iterator[str]:
+    """A table of the package's files, each with the first sentence that it says of itself."""
+    yield from ("| file | what it is for |", "| --- | --- |")
+    package = Path(relaxprop.__file__).parent
+    for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path)):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = " ".join(said.partition("\n\n")[0].split())
+        yield f"| `{path.relative_to(package.parent)}` | {first} |"
 
 
 def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from relaxprop.unconverged import UnconvergedWarning
     from relaxprop.wrapper import ActivationRelaxation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PAPER",
