@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relaxprop.derivatives import drop_derivatives
-    from relaxprop.feedback import use_feedback
-    from relaxprop.finite import NonFiniteStateError
+    from relaxprop.feedback import mirror_weights, use_feedback
+    from relaxprop.finite import DivergedError, NonFiniteStateError
     from relaxprop.frozen import Frozen
     from relaxprop.inspect.alignment import Alignment, alignment, feedback_alignment
     from relaxprop.inspect.convergence import Convergence, certificate, convergence
     from relaxprop.inspect.locality import Locality, describe_locality
+    from relaxprop.rules.direct import DirectFeedback
+    from relaxprop.rules.predictive import EquilibriumPropagation, PredictiveCoding
     from relaxprop.solvers import PAPER, ClosedForm, Continuous, Equilibrium, Euler, Relaxation
     from relaxprop.transients import steps_to_converge
     from relaxprop.unconverged import UnconvergedWarning
     from relaxprop.wrapper import ActivationRelaxation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PAPER",
@@ -28,11 +30,15 @@ __all__ = [
     "ClosedForm",
     "Continuous",
     "Convergence",
+    "DirectFeedback",
+    "DivergedError",
     "Equilibrium",
+    "EquilibriumPropagation",
     "Euler",
     "Frozen",
     "Locality",
     "NonFiniteStateError",
+    "PredictiveCoding",
     "Relaxation",
     "UnconvergedWarning",
     "alignment",
@@ -41,23 +47,27 @@ __all__ = [
     "describe_locality",
     "drop_derivatives",
     "feedback_alignment",
+    "mirror_weights",
     "steps_to_converge",
     "use_feedback",
 ]
 
 _ROOMS = {
     "derivatives": ["drop_derivatives"],
-    "feedback": ["use_feedback"],
-    "finite": ["NonFiniteStateError"],
+    "feedback": ["mirror_weights", "use_feedback"],
+    "finite": ["DivergedError", "NonFiniteStateError"],
     "frozen": ["Frozen"],
     "inspect.alignment": ["Alignment", "alignment", "feedback_alignment"],
     "inspect.convergence": ["Convergence", "certificate", "convergence"],
     "inspect.locality": ["Locality", "describe_locality"],
+    "rules.direct": ["DirectFeedback"],
+    "rules.predictive": ["EquilibriumPropagation", "PredictiveCoding"],
     "solvers": ["PAPER", "ClosedForm", "Continuous", "Equilibrium", "Euler", "Relaxation"],
     "transients": ["steps_to_converge"],
     "unconverged": ["UnconvergedWarning"],
     "wrapper": ["ActivationRelaxation"],
 }
+_PARTS = {"inspect", "plots", "rules"}
 
 
 def __getattr__(name: str) -> Any:
@@ -65,6 +75,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             found = globals()[name] = getattr(import_module(f"relaxprop.{room}"), name)
             return found
+    if name in _PARTS:
+        return import_module(f"relaxprop.{name}")
     raise AttributeError(f"module 'relaxprop' has no attribute {name!r}")
 
 

@@ -10,7 +10,12 @@ gradient and nothing else, and then passes u through an identity whose backward 
     learned      ψ, of a random start of its own                                 by W's own gradient: equation (3)
     random       fixed, of a random start of its own (feedback alignment)        no
     sign         sign(W) · mean |W|                                              follows W
+    fixed-sign   sign(W) ⊙ |M|, M fixed, of a random start of its own            only its signs follow W
+    batch-sign   sign(W) ⊙ |M|, M drawn anew in every pass                       follows W
+    mirror       of a random start of its own                                    by noise, in phases of its own
 
+Mirror: while nothing is learned, noise ξ at the layer's input makes the response ``y = W ξ``, and ``ΔB ∝ y ξ^T``, whose
+mean over the noise is W (`mirror_weights`). It reads what is presynaptic and postsynaptic to the layer alone.
 A frozen W (``requires_grad=False``) has no gradient to share, so its ψ stays fixed as well.
 
 Under ``learned``, ψ and W get the same gradient, so with plain gradient descent ``W − ψ`` stays as it is; with weight
@@ -18,8 +23,9 @@ decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kol
 What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there. What
 has parameters but is neither there nor among `NEED_NONE` is refused by name, since its error would go back through its
 weights unnoticed.
-Source: Millidge et al., arXiv 2010.06219, equation (3); the authors' text writes ψ for the transposed matrix, here ψ
-has the shape of W.
+Sources: Millidge et al., arXiv 2010.06219, equation (3), whose text writes ψ for the transposed matrix, here ψ has the
+shape of W; Lillicrap et al. 2016 (random); Liao, Leibo, Poggio 2016, and Moskovitz, Litwin-Kumar, Abbott, arXiv
+1812.06488 (the signs); Akrout et al., arXiv 1904.05391 (mirror).
 
 May import: variants, vertices.
 """
@@ -29,6 +35,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -39,7 +46,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from relaxprop.variants import Variant, first_tensor, plain_class, switch_off
 from relaxprop.vertices import find_layers
 
-FeedbackRule = Literal["learned", "random", "sign", "symmetric"]
+FeedbackRule = Literal["learned", "mirror", "random", "sign", "fixed-sign", "batch-sign", "symmetric"]
 RULES: tuple[FeedbackRule, ...] = get_args(FeedbackRule)
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,11 +59,13 @@ class Synapses(NamedTuple):
         forward: ``u = W x + b``, called with the layer, x, W, and what else the layer is called with.
         adjoint: ``B^T g``, called with the layer, B, g and the shape of x.
         why_not: the reason why a layer cannot have backwards weights; None if it can.
+        noise: the shape of a sample of noise that reaches every weight of a layer; None where the layer has no mirror.
     """
 
     forward: Callable[..., Tensor]
     adjoint: Callable[[Any, Tensor, Tensor, torch.Size], Tensor]
     why_not: Callable[[Any], str | None] = lambda layer: None
+    noise: Callable[[Any], tuple[int, ...]] | None = None
 
 
 def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn.Module | type[nn.Module]] = ()) -> M:
@@ -72,7 +81,9 @@ def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn
 
     Args:
         module: a module, or any part of one: ``use_feedback(net.convolutional)``.
-        rule: "learned", "random", "sign", or "symmetric", which undoes the others.
+        rule: "learned", "mirror" (call `mirror_weights` along with the training), "random", "sign", "fixed-sign",
+            "batch-sign", or "symmetric", which undoes the others. "batch-sign" draws from PyTorch's generator whenever
+            a layer is called on what requires grad.
         skip: submodules, or classes of submodules, that are left as they are, with all that is in them: they go on
             transporting their errors by their own weights.
 
@@ -92,7 +103,7 @@ def use_feedback(module: M, rule: FeedbackRule = "learned", *, skip: Iterable[nn
     skipped = _skipped(module, skip)
     layers = [m for m in module.modules() if m not in skipped and _synapses(m) is not None]
     if rule != "symmetric":
-        _check(module, skipped)
+        _check(module, skipped, rule)
     if not layers:
         outside = " outside of what skip leaves as it is" if skipped else ""
         raise ValueError(f"module has no {_kinds()} layer{outside}: {type(module).__name__} needs no backwards weights")
@@ -119,7 +130,7 @@ def _skipped(module: nn.Module, skip: Any) -> set[nn.Module]:
     return {part for root in roots for part in root.modules()}
 
 
-def _check(module: nn.Module, skipped: set[nn.Module]) -> None:
+def _check(module: nn.Module, skipped: set[nn.Module], rule: FeedbackRule) -> None:
     """Refuse what has weights but cannot have backwards weights.
 
     Raises:
@@ -130,6 +141,9 @@ def _check(module: nn.Module, skipped: set[nn.Module]) -> None:
         if part in skipped or part not in layers:
             continue
         reason = _why_not(part)
+        synapses = _synapses(part)
+        if reason is None and rule == "mirror" and synapses is not None and synapses.noise is None:
+            reason = f"no noise is known that reaches every weight of {plain_class(part).__name__}, as its mirror needs"
         if reason:
             kind = plain_class(part).__name__
             raise ValueError(
@@ -165,14 +179,18 @@ def _set_rule(layer: Any, rule: FeedbackRule) -> None:
         return
     _Feedback.switch_on(layer)
     layer.feedback_rule = rule
-    if rule in ("learned", "random"):
+    if rule in _WITH_OWN_WEIGHTS:
         with torch.enable_grad():  # else a parametrized weight does not say whether it is trained
             weight: Tensor = layer.weight
         start = _start(weight.detach())
+        start = start.abs() if rule == "fixed-sign" else start
         if rule == "learned" and weight.requires_grad:
             layer.register_parameter("feedback", nn.Parameter(start))
         else:
             layer.register_buffer("feedback", start)
+
+
+_WITH_OWN_WEIGHTS: tuple[FeedbackRule, ...] = ("learned", "mirror", "random", "fixed-sign")
 
 
 def _start(weight: Tensor) -> Tensor:
@@ -210,15 +228,23 @@ class _Feedback(Variant):
         return sent
 
     def backwards_weight(self) -> Tensor:
-        """B, of the shape of W."""
-        return self._backwards_weight(self.weight)
+        """B, of the shape of W; where it is drawn anew in every pass, one such draw."""
+        weight = self.weight
+        if self.feedback_rule != "batch-sign":
+            return self._backwards_weight(weight)
+        with torch.random.fork_rng([weight.get_device()] if weight.is_cuda else []):
+            return self._backwards_weight(weight)
 
     def _backwards_weight(self, weight: Tensor) -> Tensor:
         if self.feedback_rule == "symmetric":
             return weight.detach()
+        w = weight.detach()
         if self.feedback_rule == "sign":
-            w = weight.detach()
             return w.sign() * w.abs().mean()
+        if self.feedback_rule == "fixed-sign":
+            return w.sign() * self.feedback
+        if self.feedback_rule == "batch-sign":  # of a mean that is the rule "sign"
+            return w.sign() * torch.randn_like(w).abs() * (w.abs().mean() * math.sqrt(math.pi / 2))
         return self.feedback.detach()
 
     def extra_repr(self) -> str:
@@ -339,19 +365,38 @@ def _conv1d_of_transformers_adjoint(layer: Any, weight: Tensor, gradient: Tensor
     return gradient @ weight.T
 
 
-_CONVOLUTION = Synapses(_convolution, _convolution_adjoint, _why_not_convolution)
-_TRANSPOSED = Synapses(_transposed, _transposed_adjoint)
+def _linear_noise(layer: nn.Linear) -> tuple[int, ...]:
+    return (layer.in_features,)
+
+
+def _convolution_noise(layer: Any) -> tuple[int, ...]:
+    sizes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    return (layer.in_channels, *(d * (k - 1) + 1 + 2 * s for k, d, s in sizes))
+
+
+def _transposed_noise(layer: Any) -> tuple[int, ...]:
+    return (layer.in_channels, *(2 * -(-p // s) + 3 for p, s in zip(layer.padding, layer.stride, strict=True)))
+
+
+def _conv1d_of_transformers_noise(layer: Any) -> tuple[int, ...]:
+    return (len(layer.weight),)
+
+
+_CONVOLUTION = Synapses(_convolution, _convolution_adjoint, _why_not_convolution, _convolution_noise)
+_TRANSPOSED = Synapses(_transposed, _transposed_adjoint, noise=_transposed_noise)
 
 # By class, or by the full name of a class of another library, which is not imported for it.
 LAYERS: dict[type[nn.Module] | str, Synapses] = {
-    nn.Linear: Synapses(_linear, _linear_adjoint),
+    nn.Linear: Synapses(_linear, _linear_adjoint, noise=_linear_noise),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
     nn.ConvTranspose1d: _TRANSPOSED,
     nn.ConvTranspose2d: _TRANSPOSED,
     nn.ConvTranspose3d: _TRANSPOSED,
-    "transformers.pytorch_utils.Conv1D": Synapses(_conv1d_of_transformers, _conv1d_of_transformers_adjoint),
+    "transformers.pytorch_utils.Conv1D": Synapses(
+        _conv1d_of_transformers, _conv1d_of_transformers_adjoint, noise=_conv1d_of_transformers_noise
+    ),
 }
 
 # Elementwise gains and look-ups: an error passes no weight matrix there.
@@ -397,6 +442,68 @@ def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tenso
     for name, layer in module.named_modules():
         if isinstance(layer, _Feedback):
             yield name, layer, layer.backwards_weight()
+
+
+@torch.no_grad()
+def mirror_weights(module: nn.Module, *, samples: int = 64, rate: float = 0.1) -> None:
+    """One phase of noise of all layers in ``module`` whose backwards weights are "mirror": ``B ← (1 − r) B + r M``.
+
+        M = mean of y ξ^T,   y = W ξ          over samples of noise ξ ~ N(0, 1), so that the mean of M is W
+
+    Nothing is learned meanwhile, and the bias is left out of y. Call it along with the training, for instance after
+    every optimiser step. B is on average at ``W + (1 − r)^n (B_0 − W)`` after n phases on fixed weights.
+
+    (Akrout, Wilson, Humphreys, Lillicrap, Tweed, arXiv 1904.05391, where r is the weight decay of B.) A convolution
+    sees an image of noise as large as a few kernels, and its y ξ^T is averaged over places.
+
+    Args:
+        module: a module, wrapped or not, in which `use_feedback` has set the rule "mirror".
+        samples: of noise in the phase, ≥ 1; drawn from PyTorch's generator.
+        rate: r in (0, 1], how much of B a phase replaces.
+
+    Raises:
+        TypeError: if ``module`` is not a module, or an argument is not a number.
+        ValueError: if an argument is outside of its range, or no layer has the rule "mirror".
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"samples must be a whole number, got {samples!r}")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    if isinstance(rate, bool) or not isinstance(rate, Real):
+        raise TypeError(f"rate must be a number in (0, 1], got {rate!r}")
+    if not 0 < float(rate) <= 1:
+        raise ValueError(f"rate must be in (0, 1], got {rate!r}")
+    layers = [m for m in module.modules() if isinstance(m, _Feedback) and m.feedback_rule == "mirror"]
+    if not layers:
+        raise ValueError(
+            f"no layer of {type(module).__name__} has the rule 'mirror': call use_feedback(module, 'mirror') first"
+        )
+    for layer in layers:
+        mirrored, seen = _mirrored(layer, samples)
+        layer.feedback.copy_(torch.where(seen, torch.lerp(layer.feedback, mirrored, float(rate)), layer.feedback))
+
+
+def _mirrored(layer: _Feedback, samples: int) -> tuple[Tensor, Tensor]:
+    """M of a layer, and which of its weights any noise has passed."""
+    synapses = _synapses(layer)
+    assert synapses is not None
+    assert synapses.noise is not None
+    W = layer.weight.detach()
+    noise = torch.randn(samples, *synapses.noise(layer), dtype=W.dtype, device=W.device)
+
+    def product(x: Tensor, y: Tensor | None) -> Tensor:
+        """y x^T, summed over samples and places; y = 1 where it is None."""
+        with torch.enable_grad():
+            leaf = W.clone().requires_grad_()
+            u = synapses.forward(layer, x, leaf)
+            (found,) = torch.autograd.grad(u, leaf, torch.ones_like(u) if y is None else y)
+        return found
+
+    response = synapses.forward(layer, noise, W) - synapses.forward(layer, torch.zeros_like(noise), W)
+    pairs = product(torch.ones_like(noise), None)
+    return product(noise, response) / pairs.clamp(min=1), pairs > 0
 
 
 @contextmanager

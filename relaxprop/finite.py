@@ -23,26 +23,48 @@ class NonFiniteStateError(FloatingPointError):
     Attributes:
         vertex: the name of the vertex.
         step: the step after which its state was not finite (0: before the first); None if the solver has no steps.
+        advice: what to do, where that is not a solver's; else None.
     """
 
-    def __init__(self, vertex: str, step: int | None) -> None:
+    def __init__(self, vertex: str, step: int | None, advice: str | None = None) -> None:
         self.vertex = vertex
         self.step = step
-        super().__init__(vertex, step)
+        self.advice = advice
+        super().__init__(vertex, step, advice)
 
     def __str__(self) -> str:
         masked = "start from zero (initial='zero') or pass solver=Equilibrium()"
-        if self.step == 0:
+        if self.step == 0 and self.advice is None:
             return (
                 f"the state of vertex {self.vertex!r} is not finite when the relaxation starts: the model computes an "
                 f"infinite activity there, as a mask of −∞ does; {masked}"
             )
         when = "" if self.step is None else f" after step {self.step}"
+        if self.advice is not None:
+            return f"the state of vertex {self.vertex!r} is not finite{when}: {self.advice}"
         return (
             f"the state of vertex {self.vertex!r} is not finite{when}: look at the loss, lower the learning rate or "
             "the step size; where a mask puts activities at the end of their type's range, "
             f"{masked}; check_finite=False lets infinities propagate"
         )
+
+
+class DivergedError(FloatingPointError):
+    """The states of a phase have run away from rest: the energy that they should lower has risen.
+
+    Attributes:
+        before: the energy at the feedforward pass.
+        after: the energy at the end of the phase.
+    """
+
+    def __init__(self, before: float, after: float, advice: str) -> None:
+        self.before = before
+        self.after = after
+        self.advice = advice
+        super().__init__(before, after, advice)
+
+    def __str__(self) -> str:
+        return f"the energy rose from {self.before:.4g} to {self.after:.4g} over the phase: {self.advice}"
 
 
 def in_float16(tensors: Iterable[Tensor]) -> bool:
@@ -57,8 +79,8 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
     Raises:
         NonFiniteStateError: if there is one; it names the vertex and the step where the first one was.
     """
-    overflowed = _first_not_finite(states)
-    if overflowed is None or in_float16([*graph.outputs, *(v.stand_in for v in graph.vertices)]):
+    overflowed = _overflowed(graph, states)
+    if overflowed is None:
         return
     step = None
     if (euler := solver.replay()) is not None:
@@ -68,6 +90,24 @@ def check_finite(graph: Graph, states: States, solver: Solver) -> None:
             if (first := _first_not_finite(following)) is not None:
                 raise NonFiniteStateError(first, step)
     raise NonFiniteStateError(overflowed, step)
+
+
+def check_states(graph: Graph, states: States, advice: str, step: int | None = None) -> None:
+    """As `check_finite`, for states that no solver has found.
+
+    Raises:
+        NonFiniteStateError: if one is not finite; it names the vertex and the step, and gives the advice.
+    """
+    if (overflowed := _overflowed(graph, states)) is not None:
+        raise NonFiniteStateError(overflowed, step, advice)
+
+
+def _overflowed(graph: Graph, states: States) -> str | None:
+    """The first vertex whose state is not finite, but for what a gradient scaler looks after."""
+    overflowed = _first_not_finite(states)
+    if overflowed is None or in_float16([*graph.outputs, *(v.stand_in for v in graph.vertices)]):
+        return None
+    return overflowed
 
 
 def _first_not_finite(states: States) -> str | None:

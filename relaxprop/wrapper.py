@@ -2,35 +2,24 @@
 
 What relaxes and how is not here: `relaxation` has the equations, `recording` the recorded pass. Here is what a model
 needs around them: settings that are checked whole, the shortcut at equilibrium, and what is told after a relaxation
-phase. How the wrapper stands in the module's place is `transparent`.
+phase. What all learning rules have in common is `rule`, how a wrapper stands in the module's place `transparent`.
 
-May import: _pytorch, cutting, derivatives, finite, frozen, graph, kept, nested, operations, probe, recording,
-relaxation, solvers, transparent, unconverged, update, vertices.
+May import: _pytorch, derivatives, finite, frozen, graph, kept, nested, operations, recording, relaxation, rule,
+solvers, unconverged, vertices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from relaxprop._pytorch import (
-    hook_arrived,
-    in_transform,
-    is_compiled,
-    is_exporting,
-    is_tracing,
-    not_in_a_whole_graph,
-    run_uncompiled,
-)
-from relaxprop.cutting import Writes
+from relaxprop._pytorch import hook_arrived, in_transform
 from relaxprop.derivatives import differs_by_phase
 from relaxprop.finite import check_finite, check_gradient, in_float16
 from relaxprop.frozen import ALL_FROZEN, Frozen
@@ -38,14 +27,12 @@ from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
 from relaxprop.nested import map_requiring_grad, tensors_reached
 from relaxprop.operations import EachOperation
-from relaxprop.probe import check_repeatable
 from relaxprop.recording import InitialState, OutputRule, Recording, record
-from relaxprop.relaxation import RelaxationPhase, Solve, refuse_second_derivative
+from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
+from relaxprop.rule import LearningRule, kept_vertices, shown, tell_missing
 from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, check_solves, solver_names
-from relaxprop.transparent import Transparent
-from relaxprop.unconverged import tell, warn_user
-from relaxprop.update import Update
-from relaxprop.vertices import Granularity, Hooked, are_operations, choose_vertices, find_vertices, named_parts
+from relaxprop.unconverged import tell
+from relaxprop.vertices import Granularity, Hooked, are_operations, choose_vertices, named_parts
 
 UNTIL_CONVERGED = ClosedForm()
 REVERSE_MODE = at_equilibrium(vertices=None, depth=None)  # the record of a graph that was not cut
@@ -72,9 +59,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be one of {solver_names()}, got {_shown(self.solver)}")
+            raise TypeError(f"solver must be one of {solver_names()}, got {shown(self.solver)}")
         if not isinstance(self.frozen, Frozen):
-            raise TypeError(f"frozen must be a Frozen(…), got {_shown(self.frozen)}")
+            raise TypeError(f"frozen must be a Frozen(…), got {shown(self.frozen)}")
         if self.initial not in get_args(InitialState):
             raise ValueError(f"initial must be 'feedforward' or 'zero', got {self.initial!r}")
         if self.output not in get_args(OutputRule):
@@ -82,11 +69,7 @@ class Settings:
         for name in ("check_finite", "measure_residual", "keep_states", "report_unrelaxed"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
-        # An iterator would be used up, and a ModuleList can be changed.
-        if isinstance(self.vertices, nn.ModuleList) or (
-            isinstance(self.vertices, Iterable) and not isinstance(self.vertices, str | nn.Module)
-        ):
-            object.__setattr__(self, "vertices", tuple(self.vertices))
+        object.__setattr__(self, "vertices", kept_vertices(self.vertices))
         check_together(self.solver, self.vertices, self.frozen)
 
     @cached_property
@@ -112,14 +95,10 @@ def check_together(solver: Solver, vertices: Granularity | Iterable[nn.Module], 
         )
 
 
-def _shown(value: object) -> str:
-    return getattr(value, "__name__", repr(value))
-
-
 _SETTINGS = {field.name for field in fields(Settings)}
 
 
-class ActivationRelaxation(Transparent):
+class ActivationRelaxation(LearningRule):
     r"""Trains ``module`` by Activation Relaxation: ``loss.backward()`` runs (1), then (2), instead of backpropagation.
 
         (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i |_x̄        relaxation phase, started at x_i = x̄_i
@@ -201,13 +180,11 @@ class ActivationRelaxation(Transparent):
     keep_states: bool
     report_unrelaxed: bool
 
+    _record_name = "last_relaxation"
+    _probes = True
+
     settings: Settings
     last_relaxation: Relaxation | None
-    _writes: Writes
-    _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
-    _measured: bool  # likewise a relaxation phase
-    _read_beside: bool  # whether a loss has read more of a pass than the result
-    _probed: set[int]  # the sizes of graphs that allow for products, see `probe`
 
     def __init__(
         self,
@@ -223,25 +200,12 @@ class ActivationRelaxation(Transparent):
         keep_states: bool = False,
         report_unrelaxed: bool = False,
     ) -> None:
-        _refuse_outer(module)
-        super().__init__(module)
-        self._keep_record(None)
-        self._configure(
+        super().__init__(
+            module,
             Settings(
                 solver, vertices, frozen, initial, output, check_finite, measure_residual, keep_states, report_unrelaxed
-            )
+            ),
         )
-
-    def _configure(self, settings: Settings) -> None:
-        if not isinstance(settings, Settings):
-            raise TypeError(f"settings must be a Settings(…), as wrapper.settings is, got {_shown(settings)}")
-        find_vertices(self.module, settings.vertices)
-        # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
-        vars(self).update(settings=settings, **_of_first_pass())
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's first pass is to be looked at as any other's.
-        return super().__getstate__() | _of_first_pass()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings are checked whole whenever one is set, and hold from the next pass on."""
@@ -267,20 +231,8 @@ class ActivationRelaxation(Transparent):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_SETTINGS})
 
-    @not_in_a_whole_graph(
-        "a relaxation phase cannot be part of one compiled graph: leave fullgraph=True out, or compile the plain module"
-    )
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own result."""
-        if not torch.is_grad_enabled() or is_tracing() or is_exporting():
-            return self.module(*args, **kwargs)
-        return run_uncompiled(ActivationRelaxation._forward, self, args, kwargs)
-
     def _forward(self, args: Any, kwargs: Any) -> Any:
-        if not self._told:
-            _refuse_outer(self.module)  # it may have been put there since
-        if in_transform():
-            _refuse_transforms(self.module, args, kwargs)
+        self._refuse_surroundings(args, kwargs)
         settings = self.settings
         if settings.needs_no_cut:
             parts = named_parts(self.module)
@@ -291,7 +243,7 @@ class ActivationRelaxation(Transparent):
             return recording.result
         if not self._told:
             vars(self)["_told"] = True
-            _tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
+            tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
         solve = settings.solver.solve
         first = recording.graph.size not in self._probed
         if first:
@@ -320,35 +272,6 @@ class ActivationRelaxation(Transparent):
             report_unrelaxed=settings.report_unrelaxed,
         )
 
-    def _warn_of_compiled(self, graph: Graph) -> None:
-        """What was compiled, and used, before it was wrapped runs past the hooks of the modules within."""
-        parts = named_parts(self.module)
-        compiled = [name for module, name in parts.items() if is_compiled(module)]
-        if not compiled:
-            return
-        recorded = {v.name.partition("[")[0].partition("#")[0] for v in graph.recorded}
-        chosen = find_vertices(self.module, self.settings.vertices).values()
-        for part in compiled:
-            missed = [name for name in chosen if name.startswith(f"{part}.") and name not in recorded]
-            if missed:
-                warn_user(
-                    f"the compiled module {part!r} runs past its vertices ({', '.join(missed[:3])}), which do not "
-                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, "
-                    "or leave it uncompiled"
-                )
-
-    def _probe_and_solve(self, solve: Solve, update: Update, graph: Graph) -> tuple[States, Relaxation]:
-        """The first relaxation phase of a setting, and of a graph of another size: whether the model allows for one."""
-        if check_repeatable(self.module, update):
-            self._probed.add(graph.size)
-        return solve(graph)
-
-    def _is_read_beside(self, phase: Node, graph: Graph) -> bool:
-        """As `is_read_beside`; what a loss has read once, later passes look for."""
-        if found := is_read_beside(phase, graph):
-            vars(self)["_read_beside"] = True
-        return found
-
     def _relaxed(
         self, graph: Graph, states: States, relaxation: Relaxation, unrelaxed: tuple[str, ...] | None = None
     ) -> None:
@@ -368,9 +291,6 @@ class ActivationRelaxation(Transparent):
             vars(self)["_measured"] = True
             if relaxation.remaining and not relaxation.converged:  # neither is known of a nonlinear relaxation
                 tell(settings.solver, graph, states)
-
-    def _keep_record(self, relaxation: Relaxation | None) -> None:
-        vars(self)["last_relaxation"] = relaxation
 
     def _reverse_mode(self, parts: Mapping[nn.Module, str], args: Any, kwargs: Any) -> Any:
         """At equilibrium ``x = ∂L/∂x``, which PyTorch's own reverse sweep brings to every vertex of an uncut graph."""
@@ -411,7 +331,7 @@ class ActivationRelaxation(Transparent):
             vars(self)["_told"] = True
             if vertices:
                 uncalled = [name for module, name in vertices.items() if module not in called]
-                _tell_missing(settings.vertices, bool(called), uncalled)
+                tell_missing(settings.vertices, bool(called), uncalled)
         for tensor in outputs.values():
             if tensor.grad_fn is not None:
                 hook_arrived(tensor, at_output)
@@ -425,80 +345,6 @@ class ActivationRelaxation(Transparent):
         frozen = "" if settings.frozen == ALL_FROZEN else f", frozen={settings.frozen}"
         initial = "" if settings.initial == "feedforward" else f", initial={settings.initial}"
         return f"solver={settings.solver}, vertices={', '.join(names)}, output={settings.output}{initial}{frozen}"
-
-
-def _of_first_pass() -> dict[str, Any]:
-    """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
-    return {"_writes": Writes(), "_told": False, "_measured": False, "_read_beside": False, "_probed": set()}
-
-
-def _refuse_outer(module: object) -> None:
-    """Refuse what has to be outside of the wrapper, or cannot be wrapped.
-
-    Raises:
-        TypeError: if it is; the error names the class and the right order.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    for name, part in module.named_modules():
-        kinds = {kind.__name__ for kind in type(part).__mro__}
-        what = f"the part {name!r} of module is" if name else "module is"
-        if isinstance(part, ActivationRelaxation):
-            raise TypeError(f"{what} an ActivationRelaxation already: wrap the plain module once")
-        for kind in kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
-            raise TypeError(
-                f"{what} a {kind}, whose hooks would see each product of the relaxation phase, and not the gradients: "
-                f"wrap the plain module, then pass the wrapper on, {kind}(ActivationRelaxation(…))"
-            )
-        if not name and "FSDPModule" in kinds:
-            raise TypeError(
-                f"{what} sharded by fully_shard, which would then gather it within each product of the relaxation "
-                "phase: wrap the plain module, then call fully_shard on the wrapper"
-            )
-        if "LightningModule" in kinds:
-            raise TypeError(
-                f"{what} a LightningModule, whose training_step Lightning calls, and not its forward, so that nothing "
-                "would relax: wrap the network within it, self.network = ActivationRelaxation(network)"
-            )
-
-
-def _tell_missing(
-    vertices: Granularity | Iterable[nn.Module], called: bool, uncalled: Sequence[str], unrelaxed: Sequence[str] = ()
-) -> None:
-    """Warns the user of vertices that were expected of a pass, if any is missing."""
-    if are_operations(vertices):
-        if not called and unrelaxed:
-            warn_user(
-                "vertices='operations' finds no operation in the forward pass, so nothing relaxes and this is "
-                f"backpropagation: PyTorch announces nothing of what happens in {', '.join(unrelaxed)}; pass "
-                "vertices='modules', or call these parts as plain Python, neither scripted nor within an "
-                "autograd.Function"
-            )
-    elif not called:
-        warn_user(
-            f"none of the vertices ({', '.join(uncalled[:3])}, …) was called in the forward pass, so nothing relaxes "
-            "and this is backpropagation: does the model call functions in their place? Pass vertices='modules' or the "
-            "submodules whose outputs should relax"
-        )
-    elif uncalled and not isinstance(vertices, str):
-        warn_user(
-            f"the model did not call {', '.join(uncalled)} in the forward pass, so no vertex relaxes there: does it "
-            "call a function, or the module's forward, in its place? Leave it out of vertices, or let the model call "
-            "the module"
-        )
-
-
-def _refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Refuse the transforms of torch.func where there is something to differentiate by.
-
-    Raises:
-        RuntimeError: if a gradient would pass through the transform.
-    """
-    if any(x.requires_grad for x in (*module.parameters(), *tensors_reached((args, kwargs)))):
-        raise RuntimeError(
-            "within a transform of torch.func (vmap, grad, …) the relaxation phase would not run: call the wrapper "
-            "outside of it and loss.backward(), or transform the plain module (wrapper.module)"
-        )
 
 
 def _residuals(graph: Graph, states: States) -> dict[str, float]:

@@ -66,6 +66,9 @@ def backwards(layer: Any) -> Tensor:
     rule = getattr(layer, "feedback_rule", "symmetric")
     if rule == "sign":
         return W.sign() * W.abs().mean()
+    if rule == "fixed-sign":
+        magnitudes: Tensor = layer.feedback
+        return W.sign() * magnitudes
     B: Tensor = W if rule == "symmetric" else layer.feedback.detach()
     return B
 

@@ -26,7 +26,7 @@ SOLVERS: tuple[Solver, ...] = (
     Equilibrium(),
 )
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=str)
-every_rule = pytest.mark.parametrize("rule", ["learned", "random", "sign"])
+every_rule = pytest.mark.parametrize("rule", ["learned", "mirror", "random", "sign", "fixed-sign"])
 
 
 def cnn() -> Any:

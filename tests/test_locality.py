@@ -116,6 +116,7 @@ def test_an_unfrozen_input_is_a_vertex() -> None:
     ("rule", "weights", "non_local"),
     [
         ("learned", "{}.feedback, learned", ()),
+        ("mirror", "{}.feedback, mirrored in phases of noise", ()),
         ("random", "{}.feedback, fixed", ()),
         ("sign", "signs of {}.weight", ("weight signs: {}.weight",)),
         ("symmetric", "{}.weight, transposed", ("weight transport: {}.weight",)),
@@ -135,6 +136,16 @@ def test_backwards_weights(rule: FeedbackRule, weights: str, non_local: tuple[st
         assert (w.activities, w.weights, w.derivative, w.non_local) == (
             (psi.activities, psi.weights, psi.derivative, psi.non_local)
         )
+
+
+@pytest.mark.parametrize(
+    ("rule", "magnitudes"),
+    [("fixed-sign", "2.feedback, fixed"), ("batch-sign", "magnitudes of 2, drawn in every pass")],
+)
+def test_signs_with_magnitudes_of_their_own(rule: FeedbackRule, magnitudes: str) -> None:
+    row = by_update(report(use_feedback(mlp(3, 4, 4, 2), rule), torch.randn(2, 3)))["x of 1"]
+    assert row.weights == ("signs of 2.weight", magnitudes)
+    assert row.non_local == ("weight signs: 2.weight", "memory of x̄: f' of 3")
 
 
 @pytest.mark.parametrize("relaxation", [True, False])

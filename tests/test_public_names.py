@@ -1,7 +1,11 @@
 """The library's one door."""
 
 import inspect
+import subprocess
+import sys
 from importlib.resources import files
+
+import pytest
 
 import relaxprop
 
@@ -12,11 +16,15 @@ PUBLIC_NAMES = [
     "ClosedForm",
     "Continuous",
     "Convergence",
+    "DirectFeedback",
+    "DivergedError",
     "Equilibrium",
+    "EquilibriumPropagation",
     "Euler",
     "Frozen",
     "Locality",
     "NonFiniteStateError",
+    "PredictiveCoding",
     "Relaxation",
     "UnconvergedWarning",
     "alignment",
@@ -25,6 +33,7 @@ PUBLIC_NAMES = [
     "describe_locality",
     "drop_derivatives",
     "feedback_alignment",
+    "mirror_weights",
     "steps_to_converge",
     "use_feedback",
 ]
@@ -65,6 +74,7 @@ def test_signatures_of_the_contract() -> None:
         "certificate": "(model, *inputs, **kwargs)",
         "convergence": "(model, loss_fn, *inputs, solver=None, **kwargs)",
         "use_feedback": "(module, rule='learned', *, skip=())",
+        "mirror_weights": "(module, *, samples=64, rate=0.1)",
         "drop_derivatives": "(module, *, relaxation=True, update=True)",
     }
     for name, expected in signatures.items():
@@ -75,3 +85,11 @@ def test_signatures_of_the_contract() -> None:
 
 def test_types_are_shipped() -> None:
     assert files("relaxprop").joinpath("py.typed").is_file()
+
+
+def test_rooms_with_names_of_their_own_are_found_too() -> None:
+    command = "import relaxprop; print(relaxprop.rules.DirectFeedback.__name__, relaxprop.plots.__name__)"
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["DirectFeedback", "relaxprop.plots"]
+    with pytest.raises(AttributeError, match="module 'relaxprop' has no attribute 'rule_of_thumb'"):
+        relaxprop.rule_of_thumb  # noqa: B018

@@ -1,9 +1,9 @@
-r"""How far Activation Relaxation is from backpropagation, on the user's own model, loss and data.
+r"""How far a learning rule is from backpropagation, on the user's own model, loss and data.
 
 Nothing here changes the model: gradients are returned and not accumulated, and every pass works on a copy of the
 model's state (batch norm's statistics, plain attributes, random generators).
 
-May import: derivatives, feedback, inspect.model, kept, wrapper.
+May import: derivatives, feedback, inspect.model, kept, rule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from relaxprop.derivatives import restored
 from relaxprop.feedback import backwards_weights, symmetric
 from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
-from relaxprop.wrapper import ActivationRelaxation
+from relaxprop.rule import LearningRule
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,14 @@ class Alignment:
     distance: float
 
 
-def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, **kwargs: Any) -> dict[str, Alignment]:
+def alignment(model: LearningRule, loss_fn: LossFunction, *inputs: Any, **kwargs: Any) -> dict[str, Alignment]:
     """Compares the gradient of every parameter with backpropagation's, on the same forward pass.
 
     Args:
-        model: the wrapped module.
+        model: the wrapped module, by any learning rule.
         loss_fn: maps the model's result to a scalar loss, for instance
-            ``lambda output: ((output - target) ** 2).sum()``.
+            ``lambda output: ((output - target) ** 2).sum()``; where the loss is within (``model(x, target=…)``), the
+            identity.
         inputs: the model's arguments.
         kwargs: its keyword arguments.
 
@@ -58,7 +59,7 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, 
         RuntimeError: if the passes differ, since the model keeps a state where it is not put back, or the loss reads an
             activity that the model did not return.
     """
-    check_model(model)
+    check_model(model, LearningRule)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
     same_pass = SamePass(model)
 
@@ -72,7 +73,7 @@ def alignment(model: ActivationRelaxation, loss_fn: LossFunction, *inputs: Any, 
 
     relaxed = gradients(model)
     with symmetric(model.module), restored(model.module):
-        exact = gradients(model.module)
+        exact = gradients(model._plain)
     return {
         name: _compare(torch.zeros_like(b) if g is None else g, b)
         for name, g, b in zip(parameters, relaxed, exact, strict=True)
@@ -96,7 +97,7 @@ def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-    module = module.module if isinstance(module, ActivationRelaxation) else module
+    module = module.module if isinstance(module, LearningRule) else module
     return {name: _compare(b, layer.weight) for name, layer, b in backwards_weights(module)}
 
 

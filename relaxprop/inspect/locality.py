@@ -8,40 +8,49 @@ Not judged: weights shared by places (convolution) or by moments (a layer that i
 sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
 Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
 
-May import: inspect.model, inspect.walk, sight, solvers, vertices, wrapper.
+May import: frozen, html, inspect.model, inspect.walk, rule, rules.base, sight, solvers, vertices, wrapper.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import escape
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
+from relaxprop.frozen import Frozen
+from relaxprop.html import table
 from relaxprop.inspect.model import check_model, undisturbed
-from relaxprop.inspect.walk import KINDS, Reads, Walk
+from relaxprop.inspect.walk import KINDS, Reads, Walk, Words
+from relaxprop.rule import LearningRule, rule_of
+from relaxprop.rules.base import Described, Rule
 from relaxprop.sight import uncompiled
 from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import are_operations, named_parts
 from relaxprop.wrapper import ActivationRelaxation
 
+_NOTHING_FROZEN = Frozen(relaxation_derivative=False, update_derivative=False, update_activity=False)
 _LINE = 100  # columns of a printed table
+_TITLES = ("update", "eq.", "reads", "weights", "derivative", "not local")
 
 
 @dataclass(frozen=True)
 class Locality:
-    """What every update of a model reads; ``print`` shows it as a table.
+    """What every update of a model reads; ``print`` shows it as a table, and so do notebooks.
 
     Attributes:
         rows: those of (1), in the order of the feedforward pass, then those of (2), in the order of the model's layers.
         schedule: in which order the states are updated, and what that takes.
+        legend: what the letters of the rows mean.
     """
 
     rows: tuple[Reads, ...]
     schedule: str
+    legend: str = "x: current state, x̄: stored activity, pre: presynaptic"
 
     @property
     def non_local(self) -> set[str]:
@@ -49,36 +58,51 @@ class Locality:
         return {entry.partition(":")[0] for row in self.rows for entry in row.non_local}
 
     def __str__(self) -> str:
-        titles = [("update",), ("eq.",), ("reads",), ("weights",), ("derivative",), ("not local",)]
+        titles = [(title,) for title in _TITLES]
         rows = [
             [row.update.split(", "), (f"({row.equation})",), row.activities, row.weights, row.derivative, row.non_local]
             for row in self.rows
         ]
+        return "\n".join([*_table([titles, *rows]), "", *_wrapped(self._notes(), _LINE)])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (row.update, f"({row.equation})", row.activities, row.weights, row.derivative, row.non_local)
+            for row in self.rows
+        ]
+        return f"{table(rows, _TITLES)}\n<p>{'<br>'.join(map(escape, self._notes()))}</p>"
+
+    def _notes(self) -> list[str]:
         notes = [f"{kind}: {why}" for kind, why in KINDS.items() if kind in self.non_local]
-        notes = ["x: current state, x̄: stored activity, pre: presynaptic", f"schedule: {self.schedule}", *notes]
-        return "\n".join([*_table([titles, *rows]), "", *_wrapped(notes, _LINE)])
+        return [self.legend, f"schedule: {self.schedule}", *notes]
 
 
-def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> Locality:
+def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Locality:
     r"""Lists for every update of (1) and (2) what it reads, and what of that is not local.
 
         (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i        a row for every vertex i
         (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                        a row for every module with parameters of its own
 
-    Learned backwards weights, equation (3), have a row of their own. All is found in one forward pass in the model's
+    Learned backwards weights, equation (3), have a row of their own. Another rule's states have rows of their own, its
+    weights those of (2). All is found in one forward pass in the model's
     current mode, with the loss taken to depend on every output. The model, its state and random
     generators stay as they are.
 
     Args:
         model: the wrapped module.
-        inputs: the model's arguments.
+        inputs: the model's arguments; a target is not needed.
         kwargs: its keyword arguments.
 
     Raises:
         TypeError: if ``model`` is not wrapped.
-        ValueError: if its vertices are operations, of which a layer has several, or a part of it is scripted.
+        ValueError: if its vertices are operations, of which a layer has several, a part of it is scripted, or it is a
+            rule of your own that does not say what it reads.
     """
-    check_model(model)
+    check_model(model, LearningRule)
+    described = model._locality if isinstance(model, Rule) else None
+    if described is None and not isinstance(model, ActivationRelaxation):
+        name = rule_of(type(model)).__name__
+        raise ValueError(f"{name} does not say what its states read: give the class a property _locality")
     for module, name in named_parts(model.module).items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -92,12 +116,40 @@ def describe_locality(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) 
         )
     try:
         with undisturbed(model), torch.enable_grad(), uncompiled:
-            walk = Walk(model, inputs, kwargs)
+            if described is not None:
+                return _of_rule(model, described, inputs, kwargs)
+            walk = Walk(model, inputs, kwargs, model.settings.frozen)
             return Locality((*walk.states(), *walk.layers()), _schedule(model.settings.solver))
     except TypeError as error:  # an argument is missing
         if not (inputs or kwargs):
             error.add_note("describe_locality(model, *inputs) runs one forward pass: pass it what the model reads")
         raise
+
+
+def _of_rule(model: LearningRule, described: Described, inputs: Any, kwargs: Any) -> Locality:
+    """The rows of a rule beside Activation Relaxation, none of which remembers what has changed since."""
+    if described.broadcast is None:
+        walk = Walk(model, inputs, kwargs, _NOTHING_FROZEN, Words("v", ("own v", "own ε"), "ε", "v"))
+        states = list(walk.states())
+        legend = "v: current activity, ε: its difference to what predicts it, pre: presynaptic"
+    else:
+        walk = Walk(model, inputs, kwargs, _NOTHING_FROZEN, Words(activity="x̄"))
+        what, kind = described.broadcast
+        states = [row if _is_held(row) else _fed(row.update, what, kind) for row in walk.states()]
+        legend = "x: state, x̄: activity, pre: presynaptic"
+    more = described.of_updates
+    layers = [replace(row, non_local=(*row.non_local, *more)) for row in walk.layers()]
+    return Locality((*states, *layers), described.schedule, legend)
+
+
+def _is_held(row: Reads) -> bool:
+    """Whether a state is the output's own error."""
+    return all(read.startswith("∂L/∂output") for read in row.activities) and not (row.weights or row.derivative)
+
+
+def _fed(update: str, what: str, kind: str) -> Reads:
+    """A state that comes directly through weights of its own."""
+    return Reads(update, 1, (what,), (f"feedback of {update.removeprefix('x of ')}, fixed",), (), (f"{kind}: {what}",))
 
 
 def _schedule(solver: Solver) -> str:

@@ -1,6 +1,6 @@
 """What every inspection shares: a wrapped model that it leaves as it was.
 
-May import: _pytorch, nested, snapshot, vertices, wrapper.
+May import: _pytorch, nested, rule, snapshot, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from relaxprop._pytorch import is_compiled
 from relaxprop.nested import tensors_in
+from relaxprop.rule import LearningRule, rule_of
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import named_parts
 from relaxprop.wrapper import ActivationRelaxation
@@ -22,14 +23,14 @@ LossFunction = Callable[[Any], Tensor]
 
 
 @contextmanager
-def undisturbed(model: ActivationRelaxation) -> Iterator[None]:
+def undisturbed(model: LearningRule) -> Iterator[None]:
     """Within it, forward passes leave no trace: they work on a copy of the module's state (`Snapshot`)."""
-    last_relaxation = model.last_relaxation
+    kept = vars(model)[model._record_name]
     try:
         with Snapshot(model.module).restored():
             yield
     finally:
-        model.last_relaxation = last_relaxation
+        model._keep_record(kept)
 
 
 class SamePass:
@@ -39,7 +40,7 @@ class SamePass:
     it.
     """
 
-    def __init__(self, model: ActivationRelaxation) -> None:
+    def __init__(self, model: LearningRule) -> None:
         self._module = model.module
         names = named_parts(model.module)
         compiled = tuple(
@@ -82,21 +83,27 @@ class SamePass:
                 handle.remove()
 
 
-def check_model(model: object) -> None:
-    """Refuse what is not wrapped.
+def check_model(model: object, kind: type[LearningRule] = ActivationRelaxation) -> None:
+    """Refuse what is not wrapped, in this kind of rule.
 
     Raises:
         TypeError: if it is not one.
     """
-    if isinstance(model, ActivationRelaxation):
+    if isinstance(model, kind):
         return
+    must = (
+        "an ActivationRelaxation"
+        if kind is ActivationRelaxation
+        else "an ActivationRelaxation or another learning rule"
+    )
     parts = model.named_modules() if isinstance(model, nn.Module) else ()
-    wrapped = [name for name, part in parts if isinstance(part, ActivationRelaxation)]
+    wrapped = [name for name, part in parts if isinstance(part, kind)]
     if not wrapped:
-        raise TypeError(f"model must be an ActivationRelaxation, got {type(model).__name__}: wrap the module first")
+        got = rule_of(type(model)).__name__
+        raise TypeError(f"model must be {must}, got {got}: wrap the module first")
     names = " and ".join(map(repr, wrapped))
     raise TypeError(
-        f"model must be an ActivationRelaxation, got a {type(model).__name__} that contains {names}: pass such a part, "
+        f"model must be {must}, got a {type(model).__name__} that contains {names}: pass such a part, "
         f"model.get_submodule({wrapped[0]!r}), with the arguments that it is called with"
     )
 

@@ -8,7 +8,7 @@ a node's backward reads what the node has saved, and where a saved tensor came f
     from an activity                               the derivative of a function that is not linear
     from an activity, on the parameter's branch    the presynaptic activity
 
-May import: derivatives, feedback, graph, nested, vertices, wrapper, _pytorch.
+May import: derivatives, feedback, frozen, graph, nested, rule, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ from torch.utils.hooks import RemovableHandle
 
 from relaxprop._pytorch import backward_class, is_leaf_node, leaf_of
 from relaxprop.derivatives import EitherWay
-from relaxprop.feedback import SendBack
+from relaxprop.feedback import FeedbackRule, SendBack
+from relaxprop.frozen import Frozen
 from relaxprop.graph import Vertex
 from relaxprop.nested import map_tensors, tensors_in, tensors_reached, tensors_requiring_grad
+from relaxprop.rule import LearningRule
 from relaxprop.vertices import find_layers
-from relaxprop.wrapper import ActivationRelaxation
 
 KINDS = {
     "weight transport": "W is known only to its layer's own synapses, but carries an error back",
     "weight signs": "the signs of W are known only to its layer's own synapses, but carry an error back",
     "memory of x̄": "non-local in time, as it has to be remembered while x relaxes",
     "minibatch": "batch norm's statistics are those of other samples too",
+    "error broadcast": "the output's error comes to every vertex directly, past all layers between",
+    "target broadcast": "the target comes to every vertex directly, past all layers",
+    "two phases": "a difference between two phases, of which the first has to be remembered",
 }
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What one update reads; x is a current state, x̄ a stored activity of the feedforward pass.
+    """What one update reads; x is a current state, x̄ an activity of the feedforward pass. Of rules whose activities
+    move, v is a current activity and ε its error.
 
     Attributes:
         update: ``x of 1``, the state of vertex 1; or a layer's parameters, ``0.weight, 0.bias``.
@@ -83,13 +88,26 @@ class _Use(NamedTuple):
     """
 
     kind: Literal[
-        "weight", "gain", "learned", "random", "sign", "derivative", "dropped", "minibatch", "vertex", "output", "input"
+        "weight",
+        "gain",
+        "learned",
+        "mirror",
+        "random",
+        "drawn",
+        "sign",
+        "derivative",
+        "dropped",
+        "minibatch",
+        "vertex",
+        "output",
+        "input",
     ]
     name: str
     moves: bool = False
     within: str = ""
 
 
+REMEMBERED = " at x̄"  # where x̄ is a memory; "at x̄" is where the activities still are it
 _Uses = dict[_Use, None]  # a set that keeps its order
 _Ways = Mapping[Node, Mapping[_Leaf, _Uses]]
 
@@ -103,6 +121,25 @@ _GAINS = {"Mul", "Div", "Addcmul", "PreluKernel"}  # and norms: one number per u
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _EITHER_WAY: Any = backward_class(EitherWay)
 _SEND_BACK: Any = backward_class(SendBack)
+
+
+class Words(NamedTuple):
+    """How a rule's rows are spelt.
+
+    Attributes:
+        state: what the vertices' update changes.
+        own: what a vertex reads of itself.
+        error: what comes to an update from a vertex.
+        activity: what is presynaptic, and where derivatives are taken, where it is no memory.
+    """
+
+    state: str = "x"
+    own: tuple[str, ...] = ("own x",)
+    error: str = "x"
+    activity: str = "x"
+
+
+RELAXATION = Words()
 
 
 class Walk:
@@ -119,8 +156,15 @@ class Walk:
         returned: by node, the layer that returned what it computed.
     """
 
-    def __init__(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self.module, self.frozen = model.module, model.settings.frozen
+    def __init__(
+        self,
+        model: LearningRule,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        frozen: Frozen,
+        words: Words = RELAXATION,
+    ) -> None:
+        self.module, self.frozen, self.words = model.module, frozen, words
         self.names = {m: name or type(m).__name__ for name, m in model.module.named_modules()}
         self.modules = {name: m for m, name in self.names.items()}
         self.vertices: dict[Vertex, Node] = {}
@@ -138,7 +182,7 @@ class Walk:
         self.memory = {p.untyped_storage().data_ptr(): name for p, name in named if p.numel()}
         self._record(model, inputs, kwargs)
 
-    def _record(self, model: ActivationRelaxation, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _record(self, model: LearningRule, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         # Where the input requires grad, the graph tells who reads it.
         traced = self.frozen.input and not tensors_requiring_grad((inputs, kwargs))
         if traced:
@@ -255,8 +299,7 @@ class Walk:
             # The layer computes from a detached input, so the activity beside its weights is on the other edge.
             if i == 0:
                 return self._presynaptic(node.next_functions[1][0], within)
-            rule = node.layer.feedback_rule
-            return {_Use(rule, f"{self.names[node.layer]}.{'weight' if rule == 'sign' else 'feedback'}"): None}
+            return self._backwards_weights(node.layer.feedback_rule, self.names[node.layer])
         operation = node.name().partition("Backward")[0]
         uses: _Uses = {}
         saved = self.saved[node]
@@ -283,6 +326,18 @@ class Walk:
             elif sources:
                 uses[function._replace(moves=_move(sources))] = None
         return uses
+
+    def _backwards_weights(self, rule: FeedbackRule, layer: str) -> _Uses:
+        own = f"{layer}.feedback"
+        match rule:
+            case "learned" | "mirror" | "random":
+                return {_Use(rule, own): None}
+            case "fixed-sign":
+                return {_Use("sign", f"{layer}.weight"): None, _Use("random", own): None}
+            case "batch-sign":
+                return {_Use("sign", f"{layer}.weight"): None, _Use("drawn", layer): None}
+            case _:
+                return {_Use("weight" if rule == "symmetric" else "sign", f"{layer}.weight"): None}
 
     def _weights(self, x: Tensor, sources: frozenset[_Leaf]) -> list[str]:
         """The parameters that a saved tensor was computed from, if from nothing else."""
@@ -317,8 +372,8 @@ class Walk:
             children, uses = self._children(ways, [_Leaf("vertex", vertex.name)])
             # As in `Graph.initial_states`: an output that no vertex reads is held at its error.
             held = id(vertex.stand_in) in self.clamped and set(children) <= self.ends.keys()
-            own = () if held else ("own x",)
-            yield self._reads(f"x of {vertex.name}", 1, own, children, uses)
+            own = () if held else self.words.own
+            yield self._reads(f"{self.words.state} of {vertex.name}", 1, own, children, uses)
 
     def layers(self) -> Iterator[Reads]:
         """(2): a row for every layer, and one for its learned backwards weights."""
@@ -337,7 +392,7 @@ class Walk:
 
     def _children(self, ways: _Ways, leaves: Sequence[_Leaf]) -> tuple[tuple[str, ...], _Uses]:
         """The vertices and outputs whose error comes to any of these leaves directly, and what is read on its way."""
-        starts = {f"x of {vertex.name}": node for vertex, node in self.vertices.items()} | self.ends
+        starts = {f"{self.words.error} of {vertex.name}": node for vertex, node in self.vertices.items()} | self.ends
         children: dict[str, None] = {}
         uses: _Uses = {}
         for name, node in starts.items():
@@ -368,24 +423,27 @@ class Walk:
                     non_local.append(f"weight signs: {name}")
                 case "gain":
                     weights.append(f"{name}, a gain")
-                case "learned" | "random":
-                    weights.append(f"{name}, {'learned' if use.kind == 'learned' else 'fixed'}")
+                case "learned" | "mirror" | "random":
+                    how = {"learned": "learned", "mirror": "mirrored in phases of noise", "random": "fixed"}[use.kind]
+                    weights.append(f"{name}, {how}")
+                case "drawn":
+                    weights.append(f"magnitudes of {name}, drawn in every pass")
                 case "minibatch":
                     non_local.append(f"minibatch: {name}")
                 case "dropped":
                     derivative.append(f"f' of {name} dropped")
                 case "derivative":
                     where = self._where(use, equation, layer)
-                    derivative.append(f"f' of {name} {where}")
-                    if where == "at x̄":
+                    derivative.append(f"f' of {name} {where.strip()}")
+                    if where == REMEMBERED:
                         non_local.append(f"memory of x̄: f' of {name}")
                 case _:
                     stored = use.moves and self.frozen.update_activity
                     what = f"output of {name}" if use.kind == "output" else name
                     if use.kind == "vertex":
-                        what = f"{'x̄' if stored else 'x'} of {name}"
+                        what = f"{'x̄' if stored else self.words.activity} of {name}"
                     elif use.moves:
-                        what += " at x̄" if stored else " at x"
+                        what += " at x̄" if stored else f" at {self.words.activity}"
                     presynaptic.append(f"pre: {what}")
                     if stored:
                         non_local.append(f"memory of x̄: {what}")
@@ -401,11 +459,12 @@ class Walk:
     def _where(self, derivative: _Use, equation: int, layer: str | None) -> str:
         if not derivative.moves:
             return "at input"
+        current = f"at {self.words.activity}"
         if equation == 1:
-            return "at x̄" if self.frozen.relaxation_derivative else "at x"
+            return REMEMBERED if self.frozen.relaxation_derivative else current
         # What is within the layer itself is taken with the presynaptic activity, see `Graph.update`.
         within = derivative.within == layer
-        return "at x̄" if (self.frozen.update_activity if within else self.frozen.update_derivative) else "at x"
+        return REMEMBERED if (self.frozen.update_activity if within else self.frozen.update_derivative) else current
 
 
 def _once(entries: Sequence[str]) -> tuple[str, ...]:

@@ -21,7 +21,17 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from relaxprop import PAPER, ActivationRelaxation, ClosedForm, Equilibrium, Euler, Frozen
+from relaxprop import (
+    PAPER,
+    ActivationRelaxation,
+    ClosedForm,
+    DirectFeedback,
+    Equilibrium,
+    EquilibriumPropagation,
+    Euler,
+    Frozen,
+    PredictiveCoding,
+)
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab import models
 from relaxprop.lab.data import Dataset, Split
@@ -33,6 +43,8 @@ from relaxprop.vertices import find_vertices
 BASELINE = "backpropagation"
 IMAGE_SHAPES = {"mlp": (1, 28, 28), "cnn": (3, 32, 32), "cnn-as-coded": (3, 32, 32)}  # MNIST's and CIFAR's
 EULER_STEPS = 10
+RULE_STEPS = 10  # of predictive coding, and of each phase of equilibrium propagation
+PREDICTIVE, NUDGED = f"PredictiveCoding(0.1, {RULE_STEPS})", f"EquilibriumPropagation(0.1, {RULE_STEPS})"
 UPDATES = {"b": Frozen(update_derivative=False), "d": Frozen(update_activity=False)}  # the paper's conditions
 Step = Callable[[], None]
 
@@ -90,9 +102,10 @@ def run(
     command: str = "",
     on_round: Callable[[], None] = lambda: None,
 ) -> Benchmark:
-    """Measures the training step of backpropagation and of each solver on random images."""
+    """Measures the training step of backpropagation, of each solver and of the other rules on random images."""
     problem = _Problem(model, batch_size, device)
     rules = {name: problem.training_step(solver) for name, solver in ({BASELINE: None} | solvers()).items()}
+    rules |= problem.other_rules()
     steps = rules | problem.parts()
     for step in steps.values():
         for _ in range(3):
@@ -188,6 +201,14 @@ def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
             )
             for name in UPDATES
         ),
+        *(
+            Ratio(
+                what=f"a step of {name}, with its share of the training step",
+                least="a forward and an activation-only backward pass",
+                ratio=ratio(times, name, "forward and backward", per=steps),
+            )
+            for name, steps in ((PREDICTIVE, RULE_STEPS), (NUDGED, 2 * RULE_STEPS))
+        ),
     ]
 
 
@@ -210,10 +231,29 @@ class _Problem:
         """Forward pass, backward pass or relaxation phase, update."""
         network = self.network()
         trained = network if solver is None else ActivationRelaxation(network, solver=solver, frozen=frozen)
+        return self._step(network, lambda: squared_error(trained(self.inputs), self.targets))
+
+    def other_rules(self) -> dict[str, Step]:
+        """Training steps of the rules beside Activation Relaxation."""
+        networks = [self.network() for _ in range(4)]
+        direct, projected = DirectFeedback(networks[0]), DirectFeedback(networks[1], error="target")
+        moving = PredictiveCoding(networks[2], squared_error, num_steps=RULE_STEPS)
+        nudged = EquilibriumPropagation(networks[3], squared_error, num_steps=RULE_STEPS)
+        x, t = self.inputs, self.targets
+        losses: dict[str, Callable[[], Tensor]] = {
+            "DirectFeedback()": lambda: squared_error(direct(x), t),
+            "DirectFeedback(target)": lambda: squared_error(projected(x, target=t), t),
+            PREDICTIVE: lambda: moving(x, target=t),
+            NUDGED: lambda: nudged(x, target=t),
+        }
+        steps = zip(losses.items(), networks, strict=True)
+        return {name: self._step(network, loss) for (name, loss), network in steps}
+
+    def _step(self, network: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0005)
 
         def step() -> None:
-            loss = squared_error(trained(self.inputs), self.targets)
+            loss = loss_of()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -10,7 +10,10 @@ from relaxprop.lab import bench
 def test_every_rule_is_measured_against_backpropagation() -> None:
     measured = bench.run(rounds=2, batch_size=3)
     rules = [cost.rule for cost in measured.costs]
-    assert rules == ["backpropagation", "Equilibrium()", "ClosedForm()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)"]
+    assert rules == [
+        "backpropagation", "Equilibrium()", "ClosedForm()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)",
+        "DirectFeedback()", "DirectFeedback(target)", "PredictiveCoding(0.1, 10)", "EquilibriumPropagation(0.1, 10)",
+    ]  # fmt: skip
     first = measured.costs[0]
     assert (first.time_ratio, first.memory_ratio) == (1, 1)
     for cost in measured.costs:

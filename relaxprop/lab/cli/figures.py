@@ -18,7 +18,7 @@ from relaxprop.lab.cli.settings import DataDirOption, load_dataset
 from relaxprop.lab.experiments.records import complete
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.records import RECORDS
-from relaxprop.lab.report.claims import CLAIM, RESULT, notes, would
+from relaxprop.lab.report.claims import BESIDE, CLAIM, RESULT, beside_table, would
 from relaxprop.lab.report.claims import table as cells_of
 from relaxprop.lab.report.figures import Figure, read_figure, write_figure
 from relaxprop.lab.stats import MARGIN, PROBABILITY
@@ -78,7 +78,9 @@ def print_figure(figure: Figure) -> None:
         (row.name, *cell[width:]) for row, cell in zip(figure.rows, cells, strict=True) if row.difference is not None
     ]
     print_table("the paper's claims", ("condition", *CLAIM), compared)
-    for note in notes(figure.rows, figure.chance):
+    if beside := beside_table(figure.rows):
+        print_table("beside the paper's text", BESIDE, beside)
+    for note in figure.notes:
         console.print(note, soft_wrap=True, highlight=False)
 
 

@@ -1,0 +1,230 @@
+"""What all learning rules have in common: a module that stands in another's place, and whose ``loss.backward()`` is a
+rule. What is refused, warned of and kept on the way there does not depend on the rule.
+
+May import: _pytorch, cutting, graph, kept, nested, probe, transparent, unconverged, update, vertices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.autograd.graph import Node
+
+from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph, run_uncompiled
+from relaxprop.cutting import Writes
+from relaxprop.graph import Graph
+from relaxprop.kept import is_read_beside
+from relaxprop.nested import tensors_reached
+from relaxprop.probe import check_repeatable
+from relaxprop.transparent import Transparent
+from relaxprop.unconverged import warn_user
+from relaxprop.update import Update
+from relaxprop.vertices import Granularity, are_operations, find_vertices, named_parts
+
+
+class LearningRule(Transparent):
+    """Wraps ``module``: ``loss.backward()`` fills ``.grad`` by a learning rule.
+
+    Args:
+        module: any module.
+        settings: what the rule is told; a frozen record with ``vertices``.
+
+    Attributes:
+        module: the plain module.
+        settings: what the rule was told; it may be set anew between two passes, as a whole.
+
+    Raises:
+        TypeError: if ``module`` is not a module, is already wrapped, or has to be outside of the wrapper, or the
+            settings that are set are another rule's.
+        ValueError: if no vertex is found.
+    """
+
+    _record_name: ClassVar[str] = "last_phase"  # of the attribute that tells what the last backward pass did
+    _probes: ClassVar[bool] = False  # whether every backward is taken more than once, so that it has to allow for it
+
+    settings: Any
+    _writes: Writes
+    _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
+    _measured: bool  # likewise a relaxation phase
+    _read_beside: bool  # whether a loss has read more of a pass than the result
+    _probed: set[int]  # the sizes of graphs that allow for products, see `probe`
+
+    def __init__(self, module: nn.Module, settings: Any) -> None:
+        refuse_outer(module, type(self))
+        super().__init__(module)
+        self._keep_record(None)
+        self._configure(settings)
+
+    def _configure(self, settings: Any) -> None:
+        kind = type(vars(self).get("settings", settings))
+        if not isinstance(settings, kind):
+            raise TypeError(f"settings must be a {kind.__name__}(…), as wrapper.settings is, got {shown(settings)}")
+        find_vertices(self.module, settings.vertices)
+        # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
+        vars(self).update(settings=settings, **_of_first_pass())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's first pass is to be looked at as any other's.
+        return super().__getstate__() | _of_first_pass()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "settings":
+            self._configure(value)
+        else:
+            super().__setattr__(name, value)
+
+    @not_in_a_whole_graph(
+        "a relaxation phase cannot be part of one compiled graph: leave fullgraph=True out, or compile the plain module"
+    )
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own result."""
+        if not torch.is_grad_enabled() or is_tracing() or is_exporting():
+            return self._plain(*args, **kwargs)
+        return run_uncompiled(type(self)._forward, self, args, kwargs)
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What a call returns, computed by the module as it is: its gradients are backpropagation's."""
+        return self.module(*args, **kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
+        """The module's result, its tensors attached to what makes the gradients."""
+        raise NotImplementedError
+
+    def _refuse_surroundings(self, args: Any, kwargs: Any) -> None:
+        if not self._told:
+            refuse_outer(self.module, rule_of(type(self)))  # it may have been put there since
+        if in_transform():
+            refuse_transforms(self.module, args, kwargs)
+
+    def _probe_and_solve(self, solve: Callable[[Graph], Any], update: Update, graph: Graph) -> Any:
+        """The first phase of a setting, and of a graph of another size: whether the model allows for one."""
+        if not self._probes or check_repeatable(self.module, update):
+            self._probed.add(graph.size)
+        return solve(graph)
+
+    def _is_read_beside(self, phase: Node, graph: Graph) -> bool:
+        """As `is_read_beside`; what a loss has read once, later passes look for."""
+        if found := is_read_beside(phase, graph):
+            vars(self)["_read_beside"] = True
+        return found
+
+    def _warn_of_compiled(self, graph: Graph) -> None:
+        """What was compiled, and used, before it was wrapped runs past the hooks of the modules within."""
+        parts = named_parts(self.module)
+        compiled = [name for module, name in parts.items() if is_compiled(module)]
+        if not compiled:
+            return
+        recorded = {v.name.partition("[")[0].partition("#")[0] for v in graph.recorded}
+        chosen = find_vertices(self.module, self.settings.vertices).values()
+        for part in compiled:
+            missed = [name for name in chosen if name.startswith(f"{part}.") and name not in recorded]
+            if missed:
+                warn_user(
+                    f"the compiled module {part!r} runs past its vertices ({', '.join(missed[:3])}), which do not "
+                    "relax: it was compiled before it was wrapped. Call torch.compiler.reset() before the first pass, "
+                    "or leave it uncompiled"
+                )
+
+    def _keep_record(self, found: Any) -> None:
+        vars(self)[self._record_name] = found
+
+
+def rule_of(kind: type) -> type:
+    """The class of a rule that the class of a wrapper was made for."""
+    return getattr(kind, "_wrapper", kind)
+
+
+def _of_first_pass() -> dict[str, Any]:
+    """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
+    return {"_writes": Writes(), "_told": False, "_measured": False, "_read_beside": False, "_probed": set()}
+
+
+def shown(value: object) -> str:
+    """As messages show it: classes and functions by their names."""
+    return getattr(value, "__name__", repr(value))
+
+
+def refuse_outer(module: object, rule: type) -> None:
+    """Refuse what has to be outside of the wrapper, or cannot be wrapped.
+
+    Raises:
+        TypeError: if it is; the error names the class and the right order.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    for name, part in module.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        what = f"the part {name!r} of module is" if name else "module is"
+        if isinstance(part, LearningRule):
+            known = rule_of(type(part)).__name__
+            raise TypeError(f"{what} {_article(known)} {known} already: wrap the plain module once")
+        for kind in kinds & {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"}:
+            raise TypeError(
+                f"{what} a {kind}, whose hooks would see each product of the relaxation phase, and not the gradients: "
+                f"wrap the plain module, then pass the wrapper on, {kind}({rule.__name__}(…))"
+            )
+        if not name and "FSDPModule" in kinds:
+            raise TypeError(
+                f"{what} sharded by fully_shard, which would then gather it within each product of the relaxation "
+                "phase: wrap the plain module, then call fully_shard on the wrapper"
+            )
+        if "LightningModule" in kinds:
+            raise TypeError(
+                f"{what} a LightningModule, whose training_step Lightning calls, and not its forward, so that nothing "
+                f"would relax: wrap the network within it, self.network = {rule.__name__}(network)"
+            )
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "AEIOU" else "a"
+
+
+def tell_missing(
+    vertices: Granularity | Iterable[nn.Module], called: bool, uncalled: Sequence[str], unrelaxed: Sequence[str] = ()
+) -> None:
+    """Warns the user of vertices that were expected of a pass, if any is missing."""
+    if are_operations(vertices):
+        if not called and unrelaxed:
+            warn_user(
+                "vertices='operations' finds no operation in the forward pass, so nothing relaxes and this is "
+                f"backpropagation: PyTorch announces nothing of what happens in {', '.join(unrelaxed)}; pass "
+                "vertices='modules', or call these parts as plain Python, neither scripted nor within an "
+                "autograd.Function"
+            )
+    elif not called:
+        warn_user(
+            f"none of the vertices ({', '.join(uncalled[:3])}, …) was called in the forward pass, so nothing relaxes "
+            "and this is backpropagation: does the model call functions in their place? Pass vertices='modules' or the "
+            "submodules whose outputs should relax"
+        )
+    elif uncalled and not isinstance(vertices, str):
+        warn_user(
+            f"the model did not call {', '.join(uncalled)} in the forward pass, so no vertex relaxes there: does it "
+            "call a function, or the module's forward, in its place? Leave it out of vertices, or let the model call "
+            "the module"
+        )
+
+
+def refuse_transforms(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Refuse the transforms of torch.func where there is something to differentiate by.
+
+    Raises:
+        RuntimeError: if a gradient would pass through the transform.
+    """
+    if any(x.requires_grad for x in (*module.parameters(), *tensors_reached((args, kwargs)))):
+        raise RuntimeError(
+            "within a transform of torch.func (vmap, grad, …) the relaxation phase would not run: call the wrapper "
+            "outside of it and loss.backward(), or transform the plain module (wrapper.module)"
+        )
+
+
+def kept_vertices(vertices: Granularity | Iterable[nn.Module]) -> Granularity | Iterable[nn.Module]:
+    """The vertices as settings keep them: an iterator would be used up, and a ModuleList can be changed."""
+    if isinstance(vertices, nn.ModuleList) or (
+        isinstance(vertices, Iterable) and not isinstance(vertices, str | nn.Module)
+    ):
+        return tuple(vertices)
+    return vertices
