@@ -310,6 +310,34 @@ def test_the_live_table_shows_what_runs(digits: Dataset) -> None:
     assert "1 of 3 runs done, 1 failed" in progress.summary()
 
 
+def test_the_live_table_fits_the_terminal() -> None:
+    configs = [RunConfig(epochs=4, seed=seed) for seed in range(30)]
+    labels = {c.id: f"ψ-conv, seed {c.seed}" for c in configs}
+    progress = GridProgress(configs, labels, Console(width=80, height=10, force_terminal=True))
+    for config in configs:
+        progress(Started(config.id))
+    with progress.console.capture() as shown:
+        progress.console.print(progress.table())
+    lines = shown.get().splitlines()
+    assert len(lines) <= 10
+    assert "and 24 more" in lines[-3]
+    assert "0/120 epochs" in lines[-2]
+    assert "0 of 30 runs done, 30 running" in lines[-1]
+
+
+def test_what_an_interrupted_grid_says_is_no_forecast() -> None:
+    out = io.StringIO()
+    configs = [RunConfig(epochs=2, seed=seed) for seed in range(2)]
+    labels = {c.id: c.id for c in configs}
+    with suppress(KeyboardInterrupt), GridProgress(configs, labels, Console(file=out, width=80)) as progress:
+        progress(Started(configs[0].id))
+        metrics = EpochMetrics(epoch=1, train_loss=1.0, test_accuracy=0.5, seconds=1.0)
+        progress(EpochDone(configs[0].id, metrics, True))
+        raise KeyboardInterrupt
+    assert out.getvalue().startswith("0 of 2 runs done, 1 interrupted, after 0:00:0")
+    assert "left" not in out.getvalue()
+
+
 def test_the_default_is_a_worker_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
     from relaxprop.lab.engines import processes as room
 

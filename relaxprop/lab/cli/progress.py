@@ -42,6 +42,7 @@ class GridProgress:
         self.epochs: set[tuple[str, int]] = set()  # those that are there
         self.computed = 0  # of them, those that were not there before
         self.began = time.monotonic()
+        self.ended = False
         self._live = Live(get_renderable=self.table, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> GridProgress:
@@ -54,6 +55,7 @@ class GridProgress:
     ) -> None:
         if self.console.is_terminal:
             self._live.__exit__(kind, error, where)
+        self.ended = True
         self._say(self.summary())
 
     def __call__(self, event: Event) -> None:
@@ -101,22 +103,24 @@ class GridProgress:
     def summary(self) -> str:
         """One line."""
         parts = [f"{self.done} of {len(self.configs)} runs done"]
-        parts += [
-            f"{len(found)} {word}" for word, found in (("running", self.running), ("failed", self.failed)) if found
-        ]
+        running = "interrupted" if self.ended else "running"
+        parts += [f"{len(found)} {word}" for word, found in ((running, self.running), ("failed", self.failed)) if found]
         if self.diverged:
             parts.append(f"{len(self.diverged)} diverged")
         parts.append(f"after {_clock(time.monotonic() - self.began)}")
-        if self.left:
+        if self.left and not self.ended:
             parts.append(f"about {_clock(self.left)} left")
         return ", ".join(parts)
 
     def table(self) -> RenderableType:
-        """The runs that are being computed, and how far all are."""
+        """The runs that are being computed, as many as the terminal has lines for, and how far all are."""
         rows = Table.grid(padding=(0, 2))
-        for run, epoch in self.running.items():
+        most = max(1, self.console.size.height - 4)
+        for run, epoch in list(self.running.items())[:most]:
             total = self.configs[run].epochs
             rows.add_row(Text(self.labels[run]), ProgressBar(total, epoch, width=20), f"epoch {epoch}/{total}")
+        if (others := len(self.running) - most) > 0:
+            rows.add_row(Text(f"and {others} more"))
         total = sum(config.epochs for config in self.configs.values())
         whole = Table.grid(padding=(0, 2))
         whole.add_row(ProgressBar(total, len(self.epochs), width=40), f"{len(self.epochs)}/{total} epochs")
