@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from relaxprop.lab import data
 from relaxprop.lab.data import DataError
@@ -224,6 +224,8 @@ def test_conversion_of_colours(tmp_path: Path, kind: str) -> None:
     other = stored(image(GREY))
     loaded = data.load("odd", write(tmp_path, [encoded, other], [other, encoded]), colour=colour)  # type: ignore[arg-type]
     assert loaded.image_shape[0] == len(colour)
+    assert loaded.title == f"odd, all {'grey' if colour == 'L' else 'RGB'}"
+    assert loaded.signed().title == loaded.title
     for found in (loaded.train.images[0], loaded.test.images[1]):
         np.testing.assert_allclose(found.numpy(), expected, atol=1 / 255 if expected.dtype == np.float64 else 0)
     grey = float32(GREY, 255)
@@ -237,6 +239,15 @@ def test_an_unknown_colour_is_refused(tmp_path: Path) -> None:
 
 def frames(kind: str) -> bytes:
     return stored(image(COLOURS), kind, save_all=True, append_images=[image(COLOURS[::-1].copy())])
+
+
+def deep_avif() -> bytes:
+    """Headers that say 10 bits, of which Pillow writes none; the pixels are not looked at."""
+    encoded = bytearray(stored(image(COLOURS), "AVIF"))
+    encoded[encoded.index(b"av1C") + 6] |= 0x40
+    sizes = encoded.index(b"pixi") + 9  # of the three channels
+    encoded[sizes : sizes + 3] = bytes([10, 10, 10])
+    return bytes(encoded)
 
 
 def deep_jpeg2000() -> bytes:
@@ -255,6 +266,11 @@ def broken_sum() -> bytes:
 WHOLE = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
 DAMAGED = "it is damaged, no image or of an unknown kind. Fetch the file again, or write it as PNG"
 REFUSED: dict[str, tuple[Callable[[], bytes | None], str]] = {
+    **(
+        {"10-bit AVIF": (deep_avif, "this AVIF has more than 8 bits in each channel of RGB")}
+        if features.check("avif")
+        else {}
+    ),
     "16-bit RGB PNG": (lambda: png(COLOURS.astype(np.uint16) * 257, 2), "more than 8 bits in each channel of RGB"),
     "16-bit RGBA PNG": (lambda: png(FOUR.astype(np.uint16) * 257, 6), "more than 8 bits in each channel of RGBA"),
     "16-bit LA PNG": (lambda: png(TWO.astype(np.uint16) * 257, 4), "more than 8 bits in each channel"),
@@ -367,3 +383,11 @@ def test_a_path_in_place_of_bytes(tmp_path: Path) -> None:
         pyarrow.parquet.write_table(table, folder / "odd" / "test.parquet")
         with pytest.raises(DataError, match=r"row 0 .*only the path .*Write the images themselves into the file"):
             data.load("odd", folder)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="an old Pillow knows no AVIF")
+def test_an_avif_of_8_bits_is_read(tmp_path: Path) -> None:
+    grey = np.full((HEIGHT, WIDTH, 3), 128, np.uint8)  # one colour, which no compression changes much
+    loaded = data.load("odd", write(tmp_path, [stored(image(grey), "AVIF", quality=100)]))
+    assert loaded.image_shape == (3, HEIGHT, WIDTH)
+    np.testing.assert_allclose(loaded.train.images[0].numpy(), 128 / 255, atol=2 / 255)

@@ -3,7 +3,7 @@
 May import: lab.data.dataset, lab.data.embedded, lab.data.images, lab.data.sources.
 """
 
-from relaxprop.lab.data.dataset import DATA_VARIABLE, DATASETS, DataError, Dataset, Split
+from relaxprop.lab.data.dataset import DATA_VARIABLE, DATASETS, DataError, Dataset, Split, title_of
 from relaxprop.lab.data.embedded import TEXT_LENGTH
 from relaxprop.lab.data.images import Colour
 from relaxprop.lab.data.sources import check_name, check_reading, check_spelling, load
@@ -20,4 +20,5 @@ __all__ = [
     "check_reading",
     "check_spelling",
     "load",
+    "title_of",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class Dataset:
     classes: tuple[str, ...]
     train: Split
     test: Split
+    colour: str | None = field(default=None, kw_only=True)  # that all images were given
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -79,13 +80,11 @@ class Dataset:
 
     @property
     def title(self) -> str:
-        """The name, with the sizes where this is a part of the published data."""
+        """The name, with the sizes where this is a part of the published data, and the colour that all were given."""
         if self.name == "docstrings":
             return f"docstrings of Python {platform.python_version()}'s standard library"
-        sizes = len(self.train), len(self.test)
-        if self.name not in HUB or sizes == HUB[self.name].sizes:
-            return self.name
-        return f"{self.name} (subset: {sizes[0]:,} / {sizes[1]:,} images)"
+        title = title_of(self.name, (len(self.train), len(self.test)))
+        return title if self.colour is None else f"{title}, all {'grey' if self.colour == 'L' else self.colour}"
 
     @property
     def chance(self) -> float:
@@ -106,9 +105,16 @@ class Dataset:
     def signed(self) -> Dataset:
         """The same with inputs in [−1, 1], as the authors' code has them for its CNN."""
         train, test = (Split(2 * split.images - 1, split.labels) for split in (self.train, self.test))
-        return Dataset(self.name, self.classes, train, test)
+        return replace(self, train=train, test=test)
 
     def to(self, device: torch.device | str, memory_format: torch.memory_format = torch.contiguous_format) -> Dataset:
         """The same on another device, the images in a memory format."""
         train, test = (split.to(device, memory_format) for split in (self.train, self.test))
-        return Dataset(self.name, self.classes, train, test)
+        return replace(self, train=train, test=test)
+
+
+def title_of(name: str, sizes: tuple[int, int]) -> str:
+    """The name of images, with the sizes of the splits where they are not those of the published data."""
+    if name not in HUB or sizes == HUB[name].sizes:
+        return name
+    return f"{name} (subset: {sizes[0]:,} / {sizes[1]:,} images)"

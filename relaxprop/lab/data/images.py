@@ -10,6 +10,7 @@ May import: lab.data.dataset.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -146,6 +147,8 @@ def _misread(image: Any, encoded: bytes) -> str | None:
     elif image.format == "JPEG2000":
         sizes = encoded.find(b"\xff\x4f\xff\x51")  # the code stream's start; 42 bytes on, the first channel's bits − 1
         deep = (encoded[sizes + 42] & 0x7F) > 7
+    elif image.format == "AVIF":  # of each coded picture, a byte 0x81, and two on a bit that says 10 or 12 bits
+        deep = re.search(rb"av1C\x81.[\x40-\x7f\xc0-\xff]", encoded, re.DOTALL) is not None
     if deep and image.mode not in ("I", *WORDS):
         return f"has more than 8 bits in each channel of {image.mode}, of which 8 would be read"
     return None

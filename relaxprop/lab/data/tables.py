@@ -62,7 +62,7 @@ def assemble(name: str, train: Table, test: Table, reading: Reading) -> Dataset:
     images = [_images(table, image_column, reading) for table in (train, test)]
     _check_alike(image_column, train, test, images)
     splits = [Split(own.pixels, labels) for own, labels in zip(images, numbers, strict=True)]
-    return Dataset(name, classes, *splits)
+    return Dataset(name, classes, *splits, colour=reading.colour)
 
 
 def _images(table: Table, column: str, reading: Reading, rows: int | None = None) -> Images:

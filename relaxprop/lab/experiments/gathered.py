@@ -3,8 +3,8 @@
 Runs that differ only in what a condition changes stand side by side: they make one figure. Where they are those of an
 experiment of the paper, its conditions lend them their titles and claims.
 
-May import: lab.config, lab.experiments.conditions, lab.experiments.paper, lab.files, lab.report.claims,
-lab.report.figures, lab.report.html, lab.results, lab.stats, lab.store.
+May import: lab.config, lab.data, lab.experiments.conditions, lab.experiments.paper, lab.files, lab.report.claims,
+lab.report.figures, lab.report.findings, lab.results, lab.stats, lab.store.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from relaxprop.lab.config import RunConfig
+from relaxprop.lab.data import title_of
 from relaxprop.lab.experiments.conditions import BASELINES, Condition, condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
 from relaxprop.lab.files import OutputError
-from relaxprop.lab.report.claims import would
+from relaxprop.lab.report.claims import difference_of, final, paired, would
 from relaxprop.lab.report.figures import alignment_curves
-from relaxprop.lab.report.html import (
+from relaxprop.lab.report.findings import (
     ConditionResults,
     ConvergenceResults,
     FigureResults,
@@ -32,7 +33,7 @@ from relaxprop.lab.report.html import (
     RunRecord,
 )
 from relaxprop.lab.results import BASELINE, REFERENCE, AlignmentCurves, FinishedRun, Head
-from relaxprop.lab.stats import Mean, is_tested, mean_over_seeds, region, seeds_to_decide, verdict
+from relaxprop.lab.stats import Mean, is_tested, region, seeds_to_decide, verdict
 from relaxprop.lab.store import read_lines, read_run
 
 RECORDS, CONVERGENCE = "runs.jsonl", "convergence.json"
@@ -52,14 +53,18 @@ class KnownData(NamedTuple):
     chance: float
 
 
+def _known(name: str, train: int, test: int, most_frequent: int) -> KnownData:
+    return KnownData(title_of(name, (train, test)), most_frequent / test)
+
+
 # By digest, those of the kept results: for run directories, and for files of records that do not say it.
 KNOWN = {
-    "b7291dfff7": KnownData("digits", 37 / 360),
-    "a63d816db5": KnownData("mnist", 1135 / 10_000),
-    "6c0eefea18": KnownData("fashion_mnist", 1000 / 10_000),
-    "e6b01d8bd6": KnownData("cifar10 (subset: 20,000 / 5,000 images)", 500 / 5000),
-    "97e2d90d93": KnownData("cifar100 (subset: 20,000 / 5,000 images)", 50 / 5000),
-    "6447a57ab3": KnownData("svhn (subset: 5,000 / 2,136 images)", 406 / 2136),
+    "b7291dfff7": _known("digits", 1437, 360, 37),
+    "a63d816db5": _known("mnist", 60_000, 10_000, 1135),
+    "6c0eefea18": _known("fashion_mnist", 60_000, 10_000, 1000),
+    "e6b01d8bd6": _known("cifar10", 20_000, 5000, 500),
+    "97e2d90d93": _known("cifar100", 20_000, 5000, 50),
+    "6447a57ab3": _known("svhn", 5000, 2136, 406),
 }
 # What a condition changes; the other fields of a description are the same in all runs of a figure.
 CHANGED = ("rule", "solver", "solver_options", "vertices", "initial", "frozen", "feedback", "dropped")
@@ -282,20 +287,15 @@ def _compared(
     condition: Condition | None, own: Sequence[RunRecord], others: Sequence[RunRecord], chance: float | None
 ) -> tuple[Mean | None, str]:
     """The difference of final accuracies over the seeds that both have, and the verdict on the paper's claim."""
-    reference = {record.config.seed: record.metrics[-1].test_accuracy for record in others}
-    pairs = [
-        (record.metrics[-1].test_accuracy, reference[record.config.seed])
-        for record in own
-        if record.config.seed in reference
-    ]
+    pairs = paired(*({record.config.seed: record for record in side} for side in (own, others)))
     if not pairs:
         return None, ""
-    difference = mean_over_seeds([a - b for a, b in pairs])
+    difference = difference_of(pairs)
     if condition is None:
         return difference, ""
     if chance is None:
         return difference, "open: the accuracy of guessing is not known for these data"
-    level = statistics.fmean(b for _, b in pairs)
+    level = statistics.fmean(final(other) for _, other in pairs)
     said = verdict(condition.claim, difference, level, chance)
     if said.startswith("open") and difference.standard_error > 0 and is_tested(difference, level, chance):
         said += would(seeds_to_decide(difference, region(condition.claim, level, chance)), difference)

@@ -9,9 +9,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
-from relaxprop.lab.results import BASELINE, REFERENCE, Compared, FinishedRun
+from relaxprop.lab.results import BASELINE, REFERENCE, Compared, EpochMetrics, FinishedRun
 from relaxprop.lab.stats import (
     CONFIDENCE,
     LEVEL,
@@ -109,15 +109,15 @@ def summarise(
     references = {name for name in found if REFERENCE in (name, conditions[name].beside)}
     partners = {name: conditions[name].versus for name in found if name not in references}
     partners |= {name: next((n for n, other in partners.items() if other == name), name) for name in references}
-    pairs = {name: _paired(found[name], found.get(other, {})) for name, other in partners.items()}
+    pairs = {name: paired(found[name], found.get(other, {})) for name, other in partners.items()}
     pairs = {name: pairs[name] for name in found if pairs[name]}
     if not pairs:
         raise ValueError("no condition has a seed with the one that it is compared with")
     seconds = {
         name: statistics.median(m.seconds for run in own.values() for m in run.metrics) for name, own in found.items()
     }
-    differences = {name: _difference(pair) for name, pair in pairs.items() if name not in references}
-    levels = {name: statistics.fmean(_final(other) for _, other in pair) for name, pair in pairs.items()}
+    differences = {name: difference_of(pair) for name, pair in pairs.items() if name not in references}
+    levels = {name: statistics.fmean(final(other) for _, other in pair) for name, pair in pairs.items()}
     claimed = {name: region(conditions[name].claim, levels[name], chance, margin) for name in differences}
     family = [
         name
@@ -143,7 +143,7 @@ def summarise(
                 condition=condition,
                 accuracies=_by_epoch(own),
                 versus=_by_epoch([other for _, other in pair]),
-                final=tuple(map(_final, own)),
+                final=tuple(map(final, own)),
                 of_seeds=tuple(run.config.seed for run in own),
                 seconds=statistics.median(sum(m.seconds for m in run.metrics) for run in own),
                 relative_cost=seconds[name] / seconds[reference_of(name)],
@@ -152,7 +152,7 @@ def summarise(
                 p=p,
                 holm=after,
                 seeds=seeds_to_decide(differences[name], claimed[name], probability) if name in family else None,
-                beside=_beside(_paired(found[name], found.get(condition.beside or "", {})), chance, margin),
+                beside=_beside(paired(found[name], found.get(condition.beside or "", {})), chance, margin),
             )
         )
     return rows
@@ -183,16 +183,29 @@ def _by_name(
 Pairs = list[tuple[FinishedRun, FinishedRun]]
 
 
-def _paired(own: BySeed, other: BySeed) -> Pairs:
+class Ended(Protocol):
+    """A run whose epochs are all there, wherever it is kept."""
+
+    @property
+    def metrics(self) -> Sequence[EpochMetrics]: ...
+
+
+R = TypeVar("R")
+
+
+def paired(own: Mapping[int, R], other: Mapping[int, R]) -> list[tuple[R, R]]:
+    """The runs of two conditions, of the seeds that both have, in their order."""
     return [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
 
 
-def _final(run: FinishedRun) -> float:
+def final(run: Ended) -> float:
+    """Test accuracy after the last epoch."""
     return run.metrics[-1].test_accuracy
 
 
-def _difference(pairs: Pairs) -> Mean:
-    return mean_over_seeds([_final(own) - _final(other) for own, other in pairs])
+def difference_of(pairs: Sequence[tuple[Ended, Ended]]) -> Mean:
+    """Of the final test accuracies: the first's minus the second's."""
+    return mean_over_seeds([final(own) - final(other) for own, other in pairs])
 
 
 def _by_epoch(runs: Sequence[FinishedRun]) -> tuple[Mean, ...]:
@@ -205,8 +218,8 @@ def _beside(pairs: Pairs, chance: float, margin: float) -> Beside | None:
     if not pairs:
         return None
     others = [other for _, other in pairs]
-    difference = _difference(pairs)
-    said = verdict("equivalent", difference, statistics.fmean(map(_final, others)), chance, margin)
+    difference = difference_of(pairs)
+    said = verdict("equivalent", difference, statistics.fmean(map(final, others)), chance, margin)
     return Beside(_by_epoch(others), difference, said)
 
 
