@@ -14,7 +14,7 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --dist worksteal
 
 # The site, in docs/_build/html. Nothing is fetched; a warning, a notebook that fails or a link that leads nowhere ends it.
 docs: $(VENV)/docs

@@ -3,10 +3,10 @@
     python results/crash/kill.py --kills 50 --out results/crash/outcome.json
 
 The grid is `relaxprop reproduce demo` with two workers. After each start, first one worker gets SIGKILL and then the
-command with all its workers, each at a time drawn evenly from half of the seconds that the grid takes beyond its start.
-Then the same command is started again. When the grid is finished, another one is begun, until it was killed so often.
-At the end of every grid, all losses and accuracies have to be those of the uninterrupted grid to the last bit, and its
-folder has to hold the same files.
+command with all its workers, each at a time drawn evenly from a sixth of the seconds that the grid takes beyond its
+start. Then the same command is started again. When the grid is finished, another one is begun, until it was killed so
+often. At the end of every grid, all losses and accuracies have to be those of the uninterrupted grid to the last bit,
+and its folder has to hold the same files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from relaxprop.lab.environment import environment
 from relaxprop.lab.files import write_atomically
 
-GRID = ["--epochs", "4", "--seeds", "2", "--condition", "b", "--condition", "d", "--workers", "2"]
+GRID = ["--epochs", "6", "--seeds", "2", "--condition", "b", "--condition", "d", "--workers", "2"]
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -97,7 +97,7 @@ def main() -> None:
                 for what in kills:
                     if sum(kills.values()) == given.kills:
                         break
-                    time.sleep(draw.uniform(0, seconds / 2))
+                    time.sleep(draw.uniform(0, seconds / 6))
                     if process.poll() is not None:
                         break
                     if what == "worker":
