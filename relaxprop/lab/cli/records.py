@@ -1,7 +1,7 @@
 """Look at many runs at once: list, export, compare; make tables again from kept records.
 
-May import: lab.cli.options, lab.experiments.records, lab.files, lab.records, lab.report.claims, lab.report.compare,
-lab.report.export, lab.report.figures, lab.stats.
+May import: lab.cli.options, lab.experiments.records, lab.experiments.rules, lab.files, lab.records,
+lab.report.claims, lab.report.compare, lab.report.export, lab.report.figures, lab.stats.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from relaxprop.lab.cli.options import (
     print_table,
     usage_errors,
 )
+from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.records import complete, with_conditions
 from relaxprop.lab.files import OutputError, check_writable
 from relaxprop.lab.records import RECORDS, Run
@@ -193,6 +194,11 @@ def table(
     Records older than this command lack the accuracy at chance: they are completed once, from the data set.
     """
     for folder in folders:
+        if rules.is_of_rivals(folder):
+            rivals, paths = rules.write_rivals(folder)
+            print_rivals(rivals)
+            print_paths(paths)
+            continue
         complete(_with_records(folder), lambda name: load_dataset(name, data_dir))
         figure, paths = write_figure(folder)
         print_figure(figure)
@@ -208,6 +214,16 @@ def print_figure(figure: Figure) -> None:
     ]
     print_table("the paper's claims", ("condition", *CLAIM), compared)
     for note in notes(figure.rows, figure.chance):
+        console.print(note, soft_wrap=True, highlight=False)
+
+
+def print_rivals(found: rules.Rivals) -> None:
+    """The table of the learning rules in two, as a terminal is narrow."""
+    shown, width = rules.cells(found.rows), 6
+    print_table(f"{rules.TITLE}: {found.about}", rules.COLUMNS[:width], [cell[:width] for cell in shown])
+    rest = [(cell[0], *cell[width:]) for cell in shown]
+    print_table("what it takes", (rules.COLUMNS[0], *rules.COLUMNS[width:]), rest)
+    for note in found.notes:
         console.print(note, soft_wrap=True, highlight=False)
 
 
