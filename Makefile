@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip with the constraints file, for what is installed and for what builds the project: every version stands there.
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test test-cluster test-crash test-integrations test-torch clean
+.PHONY: demo test docs test-cluster test-crash test-integrations test-torch clean
 
 demo: $(VENV)/lab
 	$(BIN)/relaxprop reproduce demo
@@ -14,7 +14,12 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --dist worksteal
+
+# The site, in docs/_build/html. Nothing is fetched; a warning, a notebook that fails or a link that leads nowhere ends it.
+docs: $(VENV)/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --builder html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 # The tools that the wrapper is tried in, a part of the tests above. The outcome is kept under results/works-with.
 test-integrations: $(VENV)/test
@@ -60,5 +65,10 @@ $(VENV)/test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/lab
 
+$(VENV)/docs: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing relaxprop and what makes its site into $(VENV) (some minutes the first time) ..."
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf docs/_build docs/generated $(VENV) .venv-torch-* .mypy_cache .pytest_cache .ruff_cache dist

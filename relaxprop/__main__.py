@@ -9,7 +9,7 @@ INSTALL = "pip install 'relaxprop[lab]'"
 
 
 def main() -> None:
-    """Runs `relaxprop.lab.cli.main`, whose imports take some seconds."""
+    """Runs `relaxprop.lab.cli.main`, whose imports may take some seconds."""
     try:
         from relaxprop.lab.cli.main import main as run
 

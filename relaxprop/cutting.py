@@ -219,6 +219,7 @@ class Run:
         outputs: the tensors of the result that require grad.
         calls: how often each vertex's module, or each operation, was called.
         within: the operations within the modules that are vertices, where the cut reports.
+        other_hooks: whether hooks were registered that are not on tensors, where that was watched.
     """
 
     def __init__(
@@ -238,6 +239,7 @@ class Run:
         self.handed_on: dict[int, HandedOn] = {}  # by the id of the tensor
         self.model = ""  # the name of its class
         self.begins: object = None
+        self.other_hooks = False
         self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
@@ -264,7 +266,9 @@ class Run:
                 result = module(*args, **kwargs)
                 if arguments.inputs:  # afterwards the caller's own lists hold the caller's own inputs
                     result = rebuilt(result, {})
-            if sight is None and hooks_registered() != registered:
+            if sight is not None:
+                self.other_hooks = hooks_registered() - registered > sight.hooks
+            elif hooks_registered() != registered:
                 activities = [x for v in self.vertices for x in (v.output, v.stand_in)]
                 hooked_unseen(self.model, activities, arguments.inputs.values())
         except RuntimeError as error:

@@ -17,7 +17,7 @@ from relaxprop.graph import Graph
 from relaxprop.kept import refuse_earlier
 from relaxprop.nested import tensors_requiring_grad
 from relaxprop.rerun import Rerun
-from relaxprop.sight import changing, hooked
+from relaxprop.sight import changing, hooked, warn_of_other_hooks
 from relaxprop.unrelaxed import operations, scripted
 from relaxprop.update import Update
 from relaxprop.vertices import Granularity, are_operations, choose_vertices, find_layers, named_parts
@@ -104,6 +104,8 @@ def record(
         changing(looking, parts) if looking else nullcontext(),
     ):
         result = run.call(module, arguments)
+    if run.other_hooks and not looking:  # a full backward hook is one on a node, which PyTorch places
+        warn_of_other_hooks(run.model)
     writes.learn(run)
     stored = run.linearisation()
     if rerun is not None:

@@ -85,6 +85,7 @@ class Sight(TorchFunctionMode):
         self.model = model
         self.stand_ins = stand_ins
         self.given = given
+        self.hooks = 0  # how many the model has put on tensors
 
     def __enter__(self) -> Sight:
         uncompiled.__enter__()  # compiled code announces nothing
@@ -106,6 +107,7 @@ class Sight(TorchFunctionMode):
                     f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
                 )
         elif func is Tensor.register_hook:
+            self.hooks += 1
             tensor, register, hook = args[0], cast(Any, func), kwargs["hook"] if kwargs else args[1]
             if (given := self.given(tensor)) is not None and given.requires_grad:
                 return register(given, hook)
@@ -216,6 +218,16 @@ def hooked_unseen(model: str, activities: Iterable[Tensor], inputs: Iterable[tup
         f"a hook was registered while {model} ran, for the first time: if it is on what a layer has computed and only "
         "looks, it sees one product with A out of many in this pass, and is refused from the next one on; pass "
         "solver=Equilibrium(), with which every hook sees the gradient"
+    )
+
+
+def warn_of_other_hooks(model: str) -> None:
+    """To be called where more hooks were registered than those on tensors: nothing tells what they are on."""
+    warn_user(
+        f"a hook that is not on a tensor was registered while {model} ran: if it is on a node of PyTorch's graph "
+        "(x.grad_fn.register_hook), it sees one product with A out of many, and if it changes what it sees, it does so "
+        "in every one; put it on the tensor (x.register_hook), or pass solver=Equilibrium(), with which every hook "
+        "sees the gradient"
     )
 
 

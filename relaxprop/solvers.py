@@ -13,7 +13,7 @@ A and s depend on x (`Graph.drive`): then `Euler` steps and `Continuous` integra
 A new solver is a class here and its name in `SOLVERS`, from which messages and the command line derive.
 Source: Millidge et al., arXiv 2010.06219, Algorithm 1; the closed form is this project's own.
 
-May import: graph, transients.
+May import: graph, html, transients.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from relaxprop.graph import Graph, States, Vertex
+from relaxprop.html import table
 from relaxprop.transients import (
     UPDATE_PROBABILITY,
     Hops,
@@ -54,7 +55,7 @@ NEGLIGIBLE = float(np.finfo(np.float64).eps)
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What one relaxation phase did.
+    """What one relaxation phase did. Notebooks show it as a table.
 
     Attributes:
         vertices: number of vertices that relaxed; None where the limit was asked for and the graph was not cut.
@@ -91,6 +92,21 @@ class Relaxation:
     def residual(self) -> float | None:
         """The largest of ``residuals``; None unless asked for."""
         return None if self.residuals is None else max(self.residuals.values(), default=0.0)
+
+    def _repr_html_(self) -> str:
+        known: dict[str, object] = {
+            "vertices": self.vertices,
+            "depth": self.depth,
+            "steps": self.num_steps,
+            "products with A": self.transports,
+            "left of the initial state": None if self.remaining is None else f"{self.remaining:.2g}",
+            "converged": None if self.converged is None else "yes" if self.converged else "no",
+            "largest residual": None if self.residual is None else f"{self.residual:.2g}",
+            "did not relax": self.unrelaxed,
+            "norms of the states": self.states
+            and tuple(f"{name}: {float(x.detach().norm()):.3g}" for name, x in self.states.items()),
+        }
+        return table([row for row in known.items() if row[1] is not None])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+# Before anything is imported that looks there. No test asks the Hub. And the width of a terminal, which pytest's
+# workers find in their environment, would be that of every table.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)
+
 TOOLS = ("transformers", "peft", "accelerate", "lightning", "onnx", "tensorboard")  # that the wrapper is tried in
 
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows: a new solver and a new layer are one change in one place, applied here and tried."""
+"""What CONTRIBUTING.md shows: a new thing of each kind is a small change, applied here and tried."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import relaxprop
 
 REPOSITORY = Path(__file__).parents[1]
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+pytestmark = pytest.mark.skipif(not (REPOSITORY / "docs").is_dir(), reason="it is about the repository")
 
 
-def diffs() -> dict[str, str]:
-    """By the file that it changes."""
+def hunks() -> list[tuple[str, str]]:
+    """With the file that each changes."""
     shown = re.findall(r"^```diff\n--- (\S+)\n@@\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.M | re.S)
-    return dict(shown)
+    return [(path, hunk) for path, diff in shown for hunk in diff.split("@@\n")]
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the package, with both diffs applied."""
-    shutil.copytree(Path(relaxprop.__file__).parent, tmp_path / "relaxprop")
-    for path, diff in diffs().items():
-        lines = diff.splitlines(keepends=True)
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, with all diffs applied."""
+    folder = tmp_path_factory.mktemp("changed")
+    shutil.copytree(Path(relaxprop.__file__).parent, folder / "relaxprop")
+    for path, hunk in hunks():
+        lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] in " -")
         after = "".join(line[1:] for line in lines if line[0] in " +")
-        text = (tmp_path / path).read_text(encoding="utf-8")
+        text = (folder / path).read_text(encoding="utf-8")
         assert text.count(before) == 1, f"{path}: the diff's context is not there once"
-        (tmp_path / path).write_text(text.replace(before, after), encoding="utf-8")
-    return tmp_path
+        (folder / path).write_text(text.replace(before, after), encoding="utf-8")
+    return folder
 
 
 def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,8 +81,30 @@ except TypeError as error:
 """
 
 
-def test_both_diffs_are_shown() -> None:
-    assert set(diffs()) == {"relaxprop/solvers.py", "relaxprop/feedback.py"}
+def test_the_diffs_are_shown() -> None:
+    lab = ("experiments/paper.py", "data/embedded.py", "data/sources.py", "data/dataset.py", "engines/serial.py")
+    changed = {"relaxprop/solvers.py", "relaxprop/feedback.py", "relaxprop/lab/cli/engines.py"}
+    assert {path for path, _ in hunks()} == changed | {f"relaxprop/lab/{path}" for path in lab}
+
+
+def test_every_file_that_is_named_is_there() -> None:
+    named = re.findall(
+        r"`((?:relaxprop|tests|docs|results)/[^`]*|[\w-]+\.(?:toml|txt))`", CONTRIBUTING.read_text("utf-8")
+    )
+    assert len(named) > 50
+    for path in named:
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    jobs = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"]
+    runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    goals = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert {run.split()[1] for run in runs} == {"test", "test-torch", "docs"} <= set(goals)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest = jobs["torch"]["strategy"]["matrix"]["torch"][0]
+    assert f"torch>={oldest.removesuffix('.0')}" in project["dependencies"]
+    assert f">={jobs['tests']['strategy']['matrix']['python'][0]}" == project["requires-python"]
 
 
 def test_a_new_solver_and_a_new_layer_work_and_the_messages_name_them(package: Path) -> None:
@@ -94,3 +120,15 @@ def test_a_new_solver_is_on_the_command_line(package: Path) -> None:
     trained = run(package, "-m", "relaxprop", "train", *options)
     assert trained.returncode == 0, trained.stderr
     assert "test accuracy" in trained.stdout
+
+
+def test_a_new_experiment_on_a_new_data_set_by_a_new_engine(package: Path) -> None:
+    options = ("--dataset", "bars", "--seeds", "2", "--epochs", "2", "--engine", "last-first")
+    folders = ("--runs", str(package / "runs"), "--out", str(package / "figure"))
+    done = run(package, "-m", "relaxprop", "reproduce", "feedback", *options, *folders)
+    assert done.returncode == 0, done.stderr
+    assert "the weights' signs" in done.stdout
+    table = (package / "figure" / "table.md").read_text(encoding="utf-8")
+    assert all(
+        name in table for name in ("Backpropagation", "signs: the weights' signs", "random: fixed random feedback")
+    )

@@ -1,7 +1,11 @@
 """The library's one door."""
 
 import inspect
+import subprocess
+import sys
 from importlib.resources import files
+
+import pytest
 
 import relaxprop
 
@@ -81,3 +85,11 @@ def test_signatures_of_the_contract() -> None:
 
 def test_types_are_shipped() -> None:
     assert files("relaxprop").joinpath("py.typed").is_file()
+
+
+def test_rooms_with_names_of_their_own_are_found_too() -> None:
+    command = "import relaxprop; print(relaxprop.rules.DirectFeedback.__name__, relaxprop.plots.__name__)"
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["DirectFeedback", "relaxprop.plots"]
+    with pytest.raises(AttributeError, match="module 'relaxprop' has no attribute 'rule_of_thumb'"):
+        relaxprop.rule_of_thumb  # noqa: B018

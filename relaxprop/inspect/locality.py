@@ -8,7 +8,7 @@ Not judged: weights shared by places (convolution) or by moments (a layer that i
 sum over them; an error sent on to the model's input; how a loss outside of the model makes the error of the output.
 Source: Millidge et al., arXiv 2010.06219, sections 3 and 4, whose simplifications take these entries away one by one.
 
-May import: frozen, inspect.model, inspect.walk, rule, rules.base, sight, solvers, vertices, wrapper.
+May import: frozen, html, inspect.model, inspect.walk, rule, rules.base, sight, solvers, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from relaxprop.frozen import Frozen
+from relaxprop.html import table
 from relaxprop.inspect.model import check_model, undisturbed
 from relaxprop.inspect.walk import KINDS, Reads, Walk, Words
 from relaxprop.rule import LearningRule, rule_of
@@ -33,11 +35,12 @@ from relaxprop.wrapper import ActivationRelaxation
 
 _NOTHING_FROZEN = Frozen(relaxation_derivative=False, update_derivative=False, update_activity=False)
 _LINE = 100  # columns of a printed table
+_TITLES = ("update", "eq.", "reads", "weights", "derivative", "not local")
 
 
 @dataclass(frozen=True)
 class Locality:
-    """What every update of a model reads; ``print`` shows it as a table.
+    """What every update of a model reads; ``print`` shows it as a table, and so do notebooks.
 
     Attributes:
         rows: those of (1), in the order of the feedforward pass, then those of (2), in the order of the model's layers.
@@ -55,14 +58,23 @@ class Locality:
         return {entry.partition(":")[0] for row in self.rows for entry in row.non_local}
 
     def __str__(self) -> str:
-        titles = [("update",), ("eq.",), ("reads",), ("weights",), ("derivative",), ("not local",)]
+        titles = [(title,) for title in _TITLES]
         rows = [
             [row.update.split(", "), (f"({row.equation})",), row.activities, row.weights, row.derivative, row.non_local]
             for row in self.rows
         ]
+        return "\n".join([*_table([titles, *rows]), "", *_wrapped(self._notes(), _LINE)])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (row.update, f"({row.equation})", row.activities, row.weights, row.derivative, row.non_local)
+            for row in self.rows
+        ]
+        return f"{table(rows, _TITLES)}\n<p>{'<br>'.join(map(escape, self._notes()))}</p>"
+
+    def _notes(self) -> list[str]:
         notes = [f"{kind}: {why}" for kind, why in KINDS.items() if kind in self.non_local]
-        notes = [self.legend, f"schedule: {self.schedule}", *notes]
-        return "\n".join([*_table([titles, *rows]), "", *_wrapped(notes, _LINE)])
+        return [self.legend, f"schedule: {self.schedule}", *notes]
 
 
 def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Locality:

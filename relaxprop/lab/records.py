@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,10 +87,10 @@ class Run:
 
 
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level, with dotted names."""
+    """One level, with dotted names; what is nested is a dict, as JSON gives it."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             flat |= flattened(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
@@ -319,10 +319,10 @@ def sort(runs: Sequence[Run], name: str, *, descending: bool = False) -> list[Ru
 def differing(runs: Sequence[Run]) -> list[str]:
     """What of each run's description is not as in most of the runs, of the fields that its name does not tell."""
     told = {"dataset", "model", "rule", "seed", "epochs"}
-    counts: dict[str, Counter[str]] = {}
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for run in runs:
         for name, value in run.described.items():
-            counts.setdefault(name, Counter())[repr(value)] += 1
+            counts[name][repr(value)] += 1
     usual = {
         # What less than half of them have at all is usually not there.
         name: counted.most_common(1)[0][0] if 2 * counted.total() > len(runs) else None

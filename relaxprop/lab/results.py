@@ -54,11 +54,13 @@ class Compared:
         title: what is changed.
         claim: the paper's, of its final accuracy beside that of ``versus``.
         versus: the condition that it is compared with.
+        beside: the same condition as the paper's text has it, where this one is another version of it.
     """
 
     title: str
     claim: Claim = "equivalent"
     versus: str = BASELINE
+    beside: str | None = None
 
 
 class Head(BaseModel):
@@ -68,6 +70,7 @@ class Head(BaseModel):
 
     command: str  # that made them
     runs: int = Field(ge=0)  # lines that follow
+    planned: int | None = Field(default=None, ge=1)  # runs of the command, where not all of them are there yet
     experiment: str | None = None  # its title
     dataset: str | None = None  # its title, with the sizes where it is a part
     chance: float | None = Field(default=None, ge=0, le=1)  # test accuracy of naming the most frequent class

@@ -13,10 +13,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Claim = Literal["equivalent", "worse", "destroyed"]
 MARGIN = 0.01  # test accuracies that differ by less are equivalent: one margin for all conditions and data
@@ -39,7 +40,7 @@ class Mean:
         """The 95 % confidence interval, of Student's t distribution."""
         if self.n == 1:
             return -math.inf, math.inf
-        from scipy import special  # here and below, as it takes a third of a second to import
+        from scipy import special  # here and below, as SciPy and NumPy take half a second to import
 
         half = float(special.stdtrit(self.n - 1, 1 - LEVEL)) * self.standard_error
         return self.mean - half, self.mean + half
@@ -146,6 +147,7 @@ def probability_within(seeds: int, mean: float, deviation: float, low: float, hi
     """
     freedom = seeds - 1
     quantiles, weights = _quadrature()
+    import numpy as np
     from scipy import special
 
     observed = deviation * np.sqrt(2 * special.gammaincinv(freedom / 2, quantiles) / freedom)
@@ -158,6 +160,8 @@ def probability_within(seeds: int, mean: float, deviation: float, low: float, hi
 @cache
 def _quadrature() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Nodes and weights on (0, 1)."""
+    import numpy as np
+
     nodes, weights = np.polynomial.legendre.leggauss(256)
     return (nodes + 1) / 2, weights / 2
 

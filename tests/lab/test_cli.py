@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 import relaxprop
 from relaxprop.lab.cli import reproduce
-from relaxprop.lab.cli.main import COMMANDS as FUNCTIONS
-from relaxprop.lab.cli.main import main
+from relaxprop.lab.cli.main import function, main
 from relaxprop.lab.cli.options import app
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.engines.grid import GridError
@@ -45,17 +44,12 @@ def invoke(*args: str) -> tuple[int, str]:
     return result.exit_code, re.sub(r"[│╭╮╰╯─\s]+", " ", result.output)
 
 
-def documented(command: str) -> str:
-    (function,) = (c for c in FUNCTIONS if c.__name__ == command)
-    return function.__doc__ or ""
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command: str) -> None:
     status, text = invoke(command, "--help")
     assert status == 0
     assert "--help" in text
-    for line in documented(command).splitlines():
+    for line in (function(command).__doc__ or "").splitlines():
         assert line.strip() in text
 
 

@@ -25,7 +25,7 @@ from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.engines import work
 from relaxprop.lab.engines.grid import GridError, run_all
-from relaxprop.lab.engines.processes import default_workers, processes, processors
+from relaxprop.lab.engines.processes import cores, default_workers, processes
 from relaxprop.lab.engines.serial import serial
 from relaxprop.lab.engines.work import Engine, EpochDone, Event, Failed, Finished, Job, Said, Started
 from relaxprop.lab.files import OutputError
@@ -135,7 +135,7 @@ def test_a_run_whose_worker_always_dies_fails_and_the_others_go_on(
     from relaxprop.lab.engines import processes as room
 
     fork = torch.multiprocessing.get_context("fork")  # so that the worker has the replacement
-    monkeypatch.setattr(room, "_SPAWN", fork)
+    monkeypatch.setattr(room, "_CONTEXT", fork)
     monkeypatch.setattr(room, "compute", _die)
     configs = [RunConfig(seed=seed, epochs=1) for seed in range(3)]
     told: list[Event] = []
@@ -310,12 +310,12 @@ def test_the_live_table_shows_what_runs(digits: Dataset) -> None:
     assert "1 of 3 runs done, 1 failed" in progress.summary()
 
 
-def test_the_default_is_a_worker_for_two_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_a_worker_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
     from relaxprop.lab.engines import processes as room
 
-    assert processors() >= 1
-    for number, threads, expected in ((1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 1, 2), (16, 1, 8), (16, 4, 4), (2, 8, 1)):
-        monkeypatch.setattr(room, "processors", lambda number=number: number)
+    assert 1 <= cores() <= len(os.sched_getaffinity(0))
+    for number, threads, expected in ((1, 1, 1), (2, 1, 2), (3, 2, 1), (4, 1, 4), (16, 4, 4), (2, 8, 1)):
+        monkeypatch.setattr(room, "cores", lambda number=number: number)
         assert default_workers(threads) == expected
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -575,6 +575,39 @@ def test_a_hook_on_a_vertex_is_refused_at_once(solver: Any) -> None:
         loss = squares(model(X))
     with pytest.raises(ValueError, match=r"that Capturing puts on an activity.*Equilibrium\(\)"):
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+class OnANode(Watched):
+    """Looks at what flows back through a node of PyTorch's graph, which is no tensor that could be seen."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(self.first(x))
+        a = self.second(h)
+        if (node := a.grad_fn) is not None:
+            place = node.register_prehook if self.before else node.register_hook
+            place(lambda *seen: self.seen.update(g=seen[-1][0].detach().clone()))
+        output: Tensor = self.head(h + self.k(self.third(self.g(a))))
+        return output
+
+
+@pytest.mark.parametrize("before", [True, False])
+@all_solvers
+def test_a_hook_on_a_node_is_told_of(before: bool, solver: Any) -> None:
+    net = OnANode(before).double()
+    squares(net(X)).backward()  # type: ignore[no-untyped-call]
+    seen = net.seen.pop("g")
+    model = ActivationRelaxation(net, solver=solver)
+    for _ in range(2):
+        uncut = solver.is_limit
+        with nullcontext() if uncut else pytest.warns(UserWarning, match=r"not on a tensor was .*OnANode.*Equilibrium"):
+            loss = squares(model(X))
+    if uncut:
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert torch.equal(net.seen["g"], seen)
 
 
 @all_solvers

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from relaxprop.lab.engines.processes import default_workers, processes
+from relaxprop.lab.engines.processes import default_workers, prepare, processes
 from relaxprop.lab.engines.ray import ClusterError, connect, on_ray
 from relaxprop.lab.engines.serial import serial
 from relaxprop.lab.engines.work import Engine
@@ -18,9 +18,7 @@ from relaxprop.lab.engines.work import Engine
 EngineName = Literal["processes", "ray"]
 WorkersOption = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Runs that are computed at a time, each in a process. (default: one for every two processors)"
-    ),
+    typer.Option(min=1, help="Runs that are computed at a time, each in a process. (default: one for each core)"),
 ]
 ThreadsOption = Annotated[
     int, typer.Option(min=1, help="Threads of each run. Results depend on them in the last digits.")
@@ -49,7 +47,10 @@ def find_engine(
             if given is not None:
                 raise typer.BadParameter("it has no effect without --engine ray, leave it out", param_hint=flag)
         number = default_workers(threads) if workers is None else workers
-        return serial if number == 1 else partial(processes, workers=number)
+        if number == 1:
+            return serial
+        prepare()
+        return partial(processes, workers=number)
     if workers is not None:
         raise typer.BadParameter("a Ray cluster has workers of its own, leave it out", param_hint="--workers")
     try:

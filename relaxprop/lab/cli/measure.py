@@ -1,6 +1,6 @@
 """Measure convergence, gradients, and costs.
 
-May import: transients, lab.architectures, lab.bench, lab.cli.options, lab.experiments.convergence,
+May import: transients, lab.architectures, lab.bench, lab.cli.options, lab.cli.settings, lab.experiments.convergence,
 lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
 """
 
@@ -16,6 +16,15 @@ from rich.table import Table
 from relaxprop.lab import bench as benchmark
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.cli.options import (
+    console,
+    print_paths,
+    print_table,
+    progress_bar,
+    says_what_is_kept,
+    this_command,
+    usage_errors,
+)
+from relaxprop.lab.cli.settings import (
     ColourOption,
     DataDirOption,
     DatasetOption,
@@ -23,15 +32,8 @@ from relaxprop.lab.cli.options import (
     ImageColumnOption,
     LabelColumnOption,
     PapersModelOption,
-    console,
     find_device,
     load_dataset,
-    print_paths,
-    print_table,
-    progress_bar,
-    says_what_is_kept,
-    this_command,
-    usage_errors,
 )
 from relaxprop.lab.experiments import defaults as default_training
 from relaxprop.lab.experiments.convergence import STEP_SIZES, convergence_by_step_size, write_convergence

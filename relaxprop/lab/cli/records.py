@@ -1,7 +1,9 @@
-"""Look at many runs at once: list, export, compare; make tables again from kept records.
+"""Look at many runs at once: list, export, compare.
 
-May import: lab.cli.options, lab.experiments.records, lab.experiments.rules, lab.files, lab.records,
-lab.report.claims, lab.report.compare, lab.report.export, lab.report.figures, lab.stats.
+What needs PyTorch is imported where it is used: it takes longer than the rest.
+
+May import: lab.cli.options, lab.experiments.records, lab.files, lab.records, lab.report.claims, lab.report.compare,
+lab.report.export, lab.stats.
 """
 
 from __future__ import annotations
@@ -15,25 +17,12 @@ from typing import Annotated
 import typer
 
 from relaxprop.lab import records
-from relaxprop.lab.cli.options import (
-    DataDirOption,
-    console,
-    errors,
-    load_dataset,
-    print_paths,
-    print_table,
-    usage_errors,
-)
-from relaxprop.lab.experiments import rules
-from relaxprop.lab.experiments.records import complete, with_conditions
+from relaxprop.lab.cli.options import console, errors, print_table, usage_errors
 from relaxprop.lab.files import OutputError, check_writable
 from relaxprop.lab.records import RECORDS, Run
-from relaxprop.lab.report.claims import CLAIM, RESULT, notes, would
-from relaxprop.lab.report.claims import table as cells_of
 from relaxprop.lab.report.compare import pair as pair_by_seed
 from relaxprop.lab.report.export import Format, alignment_table, epochs_table, write_table
-from relaxprop.lab.report.figures import Figure, read_figure, write_figure
-from relaxprop.lab.stats import MARGIN, PROBABILITY, is_tested, region, seeds_to_decide, verdict
+from relaxprop.lab.stats import MARGIN, is_tested, region, seeds_to_decide, verdict
 
 PathsArgument = Annotated[
     list[Path],
@@ -95,7 +84,7 @@ def export(
     where: WhereOption = None,
 ) -> None:
     """Make one tidy table of runs: a row for each run and epoch, its description and its environment."""
-    chosen = with_conditions(_chosen(paths, where, strict=True))
+    chosen = _with_conditions(_chosen(paths, where, strict=True))
     path = out or Path(f"runs.{kind}")
     check_writable(path.parent)
     table = epochs_table(chosen)
@@ -118,8 +107,8 @@ def compare(
     margin: MarginOption = MARGIN,
 ) -> None:
     """Compare two conditions by their final test accuracy, seed by seed."""
-    _check_fraction("--margin", margin)
-    chosen = with_conditions(_chosen(paths, where, strict=True))
+    check_fraction("--margin", margin)
+    chosen = _with_conditions(_chosen(paths, where, strict=True))
     sides = []
     for what, wanted in (("A", first), ("B", second)):
         filters = wanted.split(",") if "=" in wanted else [f"condition={json.dumps(wanted, ensure_ascii=False)}"]
@@ -139,6 +128,8 @@ def compare(
     claimed = region("equivalent", paired.second.mean, chance, margin)
     said = verdict("equivalent", paired.difference, paired.second.mean, chance, margin)
     if said.startswith("open") and is_tested(paired.difference, paired.second.mean, chance, margin):
+        from relaxprop.lab.report.claims import would
+
         said += would(seeds_to_decide(paired.difference, claimed), paired.difference)
     low, high = paired.difference.interval
     interval = f"{100 * low:.2f} to {100 * high:.2f}" if paired.difference.n > 1 else ""
@@ -154,79 +145,6 @@ def compare(
     console.print(f"chance: {chance_level}", soft_wrap=True, highlight=False)
 
 
-def power(
-    results: Annotated[
-        list[Path], typer.Argument(metavar="RESULTS...", help=f"Figures' folders, or their files {RECORDS}.")
-    ],
-    margin: MarginOption = MARGIN,
-    probability: Annotated[float, typer.Option(help="With which so many seeds decide, in (0, 1).")] = PROBABILITY,
-) -> None:
-    """Say how many seeds each claim of a figure takes, if the mean and the spread so far are the truth."""
-    _check_fraction("--margin", margin)
-    _check_fraction("--probability", probability)
-    for path in results:
-        figure = read_figure(_with_records(path), margin=margin, probability=probability)
-        cells = []
-        for row in figure.rows:
-            if (difference := row.difference) is None:
-                continue
-            seeds = "" if row.p is None else f"{row.seeds:,}" if row.seeds else would(None, difference).strip(", ")
-            deviation = "" if difference.n == 1 else f"{100 * difference.deviation:.2f}"
-            cells.append(
-                (row.name, str(difference.n), str(difference), deviation, row.condition.claim, row.verdict, seeds)
-            )
-        print_table(
-            f"{figure.about}: seeds that decide with a probability of {100 * probability:g} % at a margin of "
-            f"{100 * margin:g} points",
-            ("condition", "n", "difference (points)", "deviation", "paper", "verdict", "seeds"),
-            cells,
-        )
-
-
-def table(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help=f"Figures' folders, each with its {RECORDS}.")
-    ],
-    data_dir: DataDirOption = None,
-) -> None:
-    """Make a figure's tables and plots again from its records alone.
-
-    Records older than this command lack the accuracy at chance: they are completed once, from the data set.
-    """
-    for folder in folders:
-        if rules.is_of_rivals(folder):
-            rivals, paths = rules.write_rivals(folder)
-            print_rivals(rivals)
-            print_paths(paths)
-            continue
-        complete(_with_records(folder), lambda name: load_dataset(name, data_dir))
-        figure, paths = write_figure(folder)
-        print_figure(figure)
-        print_paths(paths)
-
-
-def print_figure(figure: Figure) -> None:
-    """A figure's table in two, as a terminal is narrow, and what they mean."""
-    cells, width = cells_of(figure.rows), len(RESULT)
-    print_table(f"{figure.about}: mean ± standard error over seeds", RESULT, [cell[:width] for cell in cells])
-    compared = [
-        (row.name, *cell[width:]) for row, cell in zip(figure.rows, cells, strict=True) if row.difference is not None
-    ]
-    print_table("the paper's claims", ("condition", *CLAIM), compared)
-    for note in notes(figure.rows, figure.chance):
-        console.print(note, soft_wrap=True, highlight=False)
-
-
-def print_rivals(found: rules.Rivals) -> None:
-    """The table of the learning rules in two, as a terminal is narrow."""
-    shown, width = rules.cells(found.rows), 6
-    print_table(f"{rules.TITLE}: {found.about}", rules.COLUMNS[:width], [cell[:width] for cell in shown])
-    rest = [(cell[0], *cell[width:]) for cell in shown]
-    print_table("what it takes", (rules.COLUMNS[0], *rules.COLUMNS[width:]), rest)
-    for note in found.notes:
-        console.print(note, soft_wrap=True, highlight=False)
-
-
 def _chosen(paths: Sequence[Path], conditions: Sequence[str] | None, *, strict: bool = False) -> list[Run]:
     """The runs that the conditions are true of; what cannot be read is told, or refused."""
     found = records.find(paths)
@@ -236,26 +154,23 @@ def _chosen(paths: Sequence[Path], conditions: Sequence[str] | None, *, strict: 
         errors.print(f"left out: {message}", soft_wrap=True, highlight=False, markup=False)
     chosen = found.runs
     if any(condition.startswith("condition") for condition in conditions or ()):
-        chosen = with_conditions(chosen)
+        chosen = _with_conditions(chosen)
     for condition in conditions or ():
         with usage_errors("--where"):
             chosen = records.where(chosen, condition)
     return chosen
 
 
-def _with_records(path: Path) -> Path:
-    """A figure's file of records."""
-    file = path / RECORDS if path.is_dir() else path
-    if file.exists():
-        return file
-    summary = path / "summary.json"
-    try:
-        command = json.loads(summary.read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError):
-        raise OutputError(f"{file} does not exist: `relaxprop reproduce` keeps a figure's runs in it") from None
-    raise OutputError(f"{file} does not exist, as its records were not kept; computes them again: {command}")
+def _with_conditions(runs: list[Run]) -> list[Run]:
+    """The same runs, each with the condition that was kept or that its description tells."""
+    if all(run.condition is not None for run in runs):
+        return runs
+    from relaxprop.lab.experiments.records import with_conditions
+
+    return with_conditions(runs)
 
 
-def _check_fraction(flag: str, value: float) -> None:
+def check_fraction(flag: str, value: float) -> None:
+    """Refuses a number that is not within (0, 1)."""
     if not 0 < value < 1:
         raise typer.BadParameter(f"must be in (0, 1), got {value}", param_hint=flag)

@@ -1,9 +1,9 @@
 """Compute an experiment of the paper.
 
-May import: lab.cli.engines, lab.cli.options, lab.cli.progress, lab.cli.records, lab.config, lab.data,
-lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence,
-lab.experiments.gathered, lab.experiments.paper, lab.experiments.records, lab.experiments.rules, lab.report.html,
-lab.report.logs, lab.results.
+May import: recording, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress, lab.cli.settings,
+lab.config, lab.data, lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions,
+lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper, lab.experiments.records,
+lab.experiments.rules, lab.report.html, lab.report.logs, lab.results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Annotated, Literal
 import typer
 
 from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, ThreadsOption, WorkersOption, find_engine
+from relaxprop.lab.cli.figures import print_figure, print_rivals
 from relaxprop.lab.cli.options import (
+    RunsOption,
+    print_paths,
+    says_what_is_kept,
+    this_command,
+    usage_errors,
+)
+from relaxprop.lab.cli.progress import GridProgress
+from relaxprop.lab.cli.settings import (
     DATA_HELP,
     AlignmentOption,
     AsCodedOption,
@@ -25,31 +34,25 @@ from relaxprop.lab.cli.options import (
     ImageColumnOption,
     LabelColumnOption,
     LogOption,
-    RunsOption,
     find_device,
     find_logs,
     load_dataset,
-    print_paths,
-    says_what_is_kept,
-    this_command,
-    usage_errors,
 )
-from relaxprop.lab.cli.progress import GridProgress
-from relaxprop.lab.cli.records import print_figure, print_rivals
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import Engine, EpochDone, Event
 from relaxprop.lab.experiments import rules
-from relaxprop.lab.experiments.conditions import condition_runs
+from relaxprop.lab.experiments.conditions import Experiment, condition_runs, in_version
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
-from relaxprop.lab.experiments.records import as_coded_title, write_conditions
+from relaxprop.lab.experiments.records import write_conditions
 from relaxprop.lab.report.html import write_report
 from relaxprop.lab.report.logs import Tool, logs
 from relaxprop.lab.results import FinishedRun
+from relaxprop.recording import InitialState
 
 
 def _defaults(field: str) -> str:
@@ -80,6 +83,13 @@ def reproduce(
         typer.Option(help="Only this one, beside backpropagation and the baseline; repeat it for several."),
     ] = None,
     as_coded: AsCodedOption = False,
+    initial: Annotated[
+        InitialState, typer.Option(help="Where the states start: at the feedforward activities, or at zero.")
+    ] = "feedforward",
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="With --as-coded or --initial zero: as written too, and the paired difference."),
+    ] = False,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     image_column: ImageColumnOption = None,
@@ -111,7 +121,13 @@ def reproduce(
     tools = find_logs(log)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
     if figure == "rules":
-        for flag, given in (("--as-coded", as_coded), ("--alignment-every", alignment_every)):
+        unused = {
+            "--as-coded": as_coded,
+            "--initial": initial != "feedforward",
+            "--beside": beside,
+            "--alignment-every": alignment_every,
+        }
+        for flag, given in unused.items():
             if given:
                 raise typer.BadParameter("it has no effect on reproduce rules, leave it out", param_hint=flag)
         with usage_errors("reproduce"):
@@ -123,12 +139,14 @@ def reproduce(
         )  # fmt: skip
         _reproduce_rules(data, seeds, epochs, condition or (), runs, folder, device, threads, chosen, tools)
         return
-    experiment = EXPERIMENTS[figure]
+    with usage_errors("--beside"):
+        experiment = in_version(EXPERIMENTS[figure], as_coded=as_coded, initial=initial, beside=beside)
     names = [dataset] if dataset is not None else list(experiment.conditions)
     for name in names:
         with usage_errors("reproduce"):
             condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
-    folders = {name: out or Path("figures") / f"{figure}-{name}{'-as-coded' if as_coded else ''}" for name in names}
+    version = f"{'-as-coded' * as_coded}{'-from-zero' * (initial == 'zero')}{'-beside' * beside}"
+    folders = {name: out or Path("figures") / f"{figure}-{name}{version}" for name in names}
     if out and not dataset and len(experiment.conditions) > 1:
         folders = {name: out / name for name in names}
     # All, before anything is computed.
@@ -140,18 +158,18 @@ def reproduce(
     }
     for name, folder in folders.items():
         _reproduce(
-            figure, loaded[name], seeds, epochs, condition or (), as_coded, alignment_every, runs, folder, device,
+            figure, experiment, loaded[name], seeds, epochs, condition or (), alignment_every, runs, folder, device,
             threads, chosen, tools,
         )  # fmt: skip
 
 
 def _reproduce(
     figure: FigureName,
+    experiment: Experiment,
     loaded: Dataset,
     seeds: int | None,
     epochs: int | None,
     only: Sequence[str],
-    as_coded: bool,
     alignment_every: int,
     runs: Path,
     folder: Path,
@@ -161,9 +179,6 @@ def _reproduce(
     tools: list[Tool],
 ) -> None:
     """A figure on one data set."""
-    experiment = EXPERIMENTS[figure]
-    if as_coded:
-        experiment = as_coded_title(experiment)
     epochs = epochs or experiment.epochs
     planned = condition_runs(
         experiment,
@@ -171,7 +186,6 @@ def _reproduce(
         seeds=seeds or experiment.seeds,
         epochs=epochs,
         data=loaded.digest,
-        as_coded=as_coded,
         only=only,
         alignment_every=alignment_every,
     )

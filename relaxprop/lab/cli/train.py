@@ -1,7 +1,8 @@
 """Train one network.
 
 May import: feedback, public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options,
-lab.config, lab.distributed, lab.experiments.conditions, lab.report.logs, lab.results, lab.rules, lab.training.
+lab.cli.settings, lab.config, lab.distributed, lab.experiments.conditions, lab.report.logs, lab.results, lab.rules,
+lab.training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from relaxprop import (
 from relaxprop.feedback import RULES
 from relaxprop.lab.cli.engines import ThreadsOption
 from relaxprop.lab.cli.options import (
+    RunsOption,
+    console,
+    says_what_is_kept,
+    spoken,
+    usage_errors,
+)
+from relaxprop.lab.cli.settings import (
     AlignmentOption,
     AsCodedOption,
     ColourOption,
@@ -30,15 +38,10 @@ from relaxprop.lab.cli.options import (
     LabelColumnOption,
     LogOption,
     ModelOption,
-    RunsOption,
     SeedOption,
-    console,
     find_device,
     find_logs,
     load_dataset,
-    says_what_is_kept,
-    spoken,
-    usage_errors,
 )
 from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig, default_solver
 from relaxprop.lab.distributed import joined

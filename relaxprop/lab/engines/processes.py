@@ -1,7 +1,10 @@
 """An engine: runs side by side, in processes of this machine.
 
-Each worker is a fresh Python process with the data set in memory that all of them share, and gets one job after the
-other. A worker that dies is replaced, and its run goes on from its checkpoint.
+Each worker is a process with the data set in memory that all of them share, and gets one job after the other. A worker
+that dies is replaced, and its run goes on from its checkpoint.
+
+PyTorch's threads do not survive a fork. So where it is safe (on Linux), workers are forked from a server that has
+imported PyTorch and computed nothing, which happens once and not in each of them; elsewhere each starts afresh.
 
 May import: lab.data, lab.engines.work.
 """
@@ -9,12 +12,14 @@ May import: lab.data, lab.engines.work.
 from __future__ import annotations
 
 import logging
-import os
 import signal
+import sys
 from collections import deque
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 import torch.multiprocessing
@@ -22,17 +27,46 @@ import torch.multiprocessing
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engines.work import Event, Job, Said, compute, died
 
-_SPAWN = torch.multiprocessing.get_context("spawn")  # PyTorch's threads do not survive a fork
+_FORKED = sys.platform == "linux"
+_CONTEXT: ForkServerContext | SpawnContext = (
+    torch.multiprocessing.get_context("forkserver") if _FORKED else torch.multiprocessing.get_context("spawn")
+)
+# Not this project: the server may look for it elsewhere than this process does. The first optimiser imports the second.
+_IMPORTED = ["torch", "torch._dynamo", "pydantic"]
 
 
-def processors() -> int:
-    """How many of the machine's processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> int:
+    """How many cores this process may use; a core may be two processors, which share its arithmetic."""
+    import joblib
+
+    return int(joblib.cpu_count(only_physical_cores=True))
 
 
 def default_workers(threads: int = 1) -> int:
-    """One for every two processors, or for as many as a run has threads: a processor often is half a core."""
-    return max(1, processors() // max(2, threads))
+    """One for each core, or for as many cores as a run has threads."""
+    return max(1, cores() // threads)
+
+
+def prepare() -> None:
+    """Starts the server, so that it imports PyTorch while this process does something else."""
+    if _FORKED:
+        _CONTEXT.set_forkserver_preload(_IMPORTED)
+        resource_tracker.ensure_running()  # which the server needs, and whose start would let Ctrl-C through again
+        with _deaf():
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within it, processes are started that Ctrl-C does not reach.
+
+    It goes to all processes of a terminal. Who started the workers answers it, and ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generator[Event]:
@@ -41,6 +75,7 @@ def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generat
     Args:
         workers: how many processes, ≥ 1.
     """
+    prepare()
     waiting = deque(jobs)
     attempts = dict.fromkeys([job.config.id for job in jobs], 0)
     staff: dict[Connection, _Worker] = {}
@@ -79,14 +114,10 @@ class _Worker:
     """A process, seen from the one that started it."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.connection, theirs = _SPAWN.Pipe()
-        self.process: BaseProcess = _SPAWN.Process(target=_work, args=(theirs, dataset), daemon=True)
-        # Ctrl-C goes to all processes of a terminal. Who started the workers answers it, and ends them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        self.connection, theirs = _CONTEXT.Pipe()
+        self.process: BaseProcess = _CONTEXT.Process(target=_work, args=(theirs, dataset), daemon=True)
+        with _deaf():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         self.job: Job
 

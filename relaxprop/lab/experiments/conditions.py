@@ -1,6 +1,6 @@
 """An experiment: conditions side by side, from the same start and on the same minibatches; the runs that it is.
 
-May import: feedback, frozen, public names, lab.config, lab.models, lab.results, lab.rules.
+May import: feedback, frozen, public names, recording, lab.config, lab.models, lab.results, lab.rules.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from relaxprop.lab.config import RunConfig
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.lab.results import BASELINE, REFERENCE, Compared
 from relaxprop.lab.rules import Rule
+from relaxprop.recording import InitialState
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Condition(Compared):
     frozen: Frozen = ALL_FROZEN
     feedback: Mapping[Part, FeedbackRule] = field(default_factory=dict)
     dropped: Mapping[Part, Dropped] = field(default_factory=dict)
+    as_coded: bool = False
+    initial: InitialState = "feedforward"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,50 @@ BASELINES = {
 }
 
 
+def in_version(
+    experiment: Experiment, *, as_coded: bool = False, initial: InitialState = "feedforward", beside: bool = False
+) -> Experiment:
+    """The experiment in another version than the paper's text.
+
+    Args:
+        as_coded: as the authors' code has it, see `condition_runs`.
+        initial: where the states start.
+        beside: after the conditions as the paper's text has them, each compared with that. Where the version changes
+            nothing, as a start does for backpropagation, there is one condition for both.
+
+    Raises:
+        ValueError: ``beside`` without another version.
+    """
+    named = [*(["as coded"] if as_coded else []), *([f"from {initial}"] if initial != "feedforward" else [])]
+    if not named:
+        if beside:
+            raise ValueError("beside needs another version: the code's, or another start")
+        return experiment
+    version = ", ".join(named)
+
+    def added(conditions: Mapping[str, Condition]) -> dict[str, Condition]:
+        changed = [name for name in conditions if as_coded or conditions[name].rule != "backprop"]
+        names = {name: f"{name}, {version}" if name in changed and beside else name for name in conditions}
+        versions = {
+            names[name]: replace(
+                conditions[name],
+                title=f"{conditions[name].title}, {version}"
+                if beside and name in BASELINES
+                else conditions[name].title,
+                versus=names[conditions[name].versus],
+                beside=name if beside else None,
+                as_coded=as_coded,
+                initial=initial,
+            )
+            for name in changed
+        }
+        return {**conditions, **versions} if beside else {name: versions.get(name, conditions[name]) for name in names}
+
+    conditions = {dataset: added(own) for dataset, own in experiment.conditions.items()}
+    title = f"{experiment.title}, {version}{' and as written' if beside else ''}"
+    return replace(experiment, title=title, conditions=conditions)
+
+
 def condition_runs(
     experiment: Experiment,
     dataset: str,
@@ -70,7 +117,7 @@ def condition_runs(
 ) -> list[tuple[str, RunConfig]]:
     """The runs with the names of their conditions: per seed the same initial weights and minibatches in all of them.
 
-    ``only`` names conditions to which the baselines are added; by default all.
+    ``only`` names conditions to which the baselines are added, and other versions of them; by default all.
 
     ``as_coded`` takes the authors' code where it differs from the paper's text on purpose: vertices are updated in
     sequence from the output towards the input, the last two minibatches are left out, d relaxes the input too, and the
@@ -85,15 +132,15 @@ def condition_runs(
     if unknown := [name for name in only if name not in conditions]:
         raise ValueError(f"condition must be one of {', '.join(conditions)}, got {unknown[0]!r}")
     return [
-        (name, _run(condition, as_coded, seed=seed, **values))
+        (name, _run(condition, as_coded or condition.as_coded, seed=seed, **values))
         for seed in range(seeds)
         for name, condition in conditions.items()
-        if not only or name in only or name in BASELINES
+        if not only or {name, condition.beside} & {*only, *BASELINES}
     ]
 
 
 def _run(condition: Condition, as_coded: bool, **values: Any) -> RunConfig:
-    values |= {name: getattr(condition, name) for name in ("rule", "frozen", "feedback", "dropped")}
+    values |= {name: getattr(condition, name) for name in ("rule", "frozen", "feedback", "dropped", "initial")}
     return RunConfig(**(as_the_code_has_it(values) if as_coded else values))
 
 

@@ -4,7 +4,7 @@ First each of them is trained once at every learning rate of a small grid, on fo
 the rate is taken at which it classifies the last fifth best. No test image is looked at for that. Then all are trained
 from the same starts and on the same minibatches, seed by seed.
 
-May import: public names, recording, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
+May import: public names, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
 lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.stats, lab.store, lab.training.
 """
 
@@ -32,7 +32,6 @@ from relaxprop.lab.results import REFERENCE, Compared, FinishedRun, Head, RunLin
 from relaxprop.lab.stats import Mean, mean_over_seeds
 from relaxprop.lab.store import read_lines, write_lines
 from relaxprop.lab.training import wrapped_by
-from relaxprop.recording import InitialState
 
 TITLE = "the rivals on the same network"
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
@@ -49,7 +48,6 @@ class Rival(Condition):
     """A condition, and what its rule is told."""
 
     rule_options: Mapping[str, Any] = field(default_factory=dict)
-    initial: InitialState = "feedforward"
     versus: str = REFERENCE
 
 

@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from relaxprop.lab.results import BASELINE, REFERENCE, Compared, FinishedRun
 from relaxprop.lab.stats import (
@@ -19,7 +20,6 @@ from relaxprop.lab.stats import (
     PROBABILITY,
     Mean,
     PValues,
-    Region,
     holm,
     is_tested,
     mean_over_seeds,
@@ -30,13 +30,29 @@ from relaxprop.lab.stats import (
 )
 
 
+class Beside(NamedTuple):
+    """A condition's results next to those of the same condition as the paper's text has it.
+
+    Attributes:
+        accuracies: test accuracy of that one after each epoch, over the same seeds.
+        difference: of the final test accuracy, this one's minus that one's, seed by seed.
+        verdict: on their being equivalent.
+    """
+
+    accuracies: tuple[Mean, ...]
+    difference: Mean
+    verdict: str
+
+
 @dataclass(frozen=True)
 class Row:
-    """One condition's results.
+    """One condition's results, over the seeds that it and what it is compared with both have.
 
     Attributes:
         accuracies: test accuracy after each epoch.
+        versus: the same of what it is compared with; of the reference, of what is compared with it.
         final: test accuracy after the last epoch, by seed.
+        of_seeds: these seeds.
         seconds: of training, median over seeds.
         relative_cost: median seconds of an epoch over backpropagation's.
         difference: final test accuracy minus that of ``condition.versus``, seed by seed; None for the reference.
@@ -44,12 +60,15 @@ class Row:
         p: of the test that decides on the claim, or comes nearest to it; None where nothing is tested.
         holm: the same after Holm's correction over the claims of this table.
         seeds: how many decide on the claim; None where nothing is tested or no number would.
+        beside: the condition as the paper's text has it, where this one is another version.
     """
 
     name: str
     condition: Compared
     accuracies: tuple[Mean, ...]
+    versus: tuple[Mean, ...]
     final: tuple[float, ...]
+    of_seeds: tuple[int, ...]
     seconds: float
     relative_cost: float
     difference: Mean | None
@@ -57,6 +76,10 @@ class Row:
     p: float | None
     holm: float | None
     seeds: int | None
+    beside: Beside | None = None
+
+
+BySeed = dict[int, FinishedRun]
 
 
 def summarise(
@@ -67,6 +90,7 @@ def summarise(
     chance: float,
     margin: float = MARGIN,
     probability: float = PROBABILITY,
+    partial: bool = False,
 ) -> list[Row]:
     """Results by condition; ``names`` are those of the runs.
 
@@ -74,63 +98,71 @@ def summarise(
         chance: accuracy of naming the most frequent class, in [0, 1].
         margin: differences below it are none, as a part of 1.
         probability: with which the number of seeds that is told decides.
+        partial: whether runs may be missing. Then each condition counts over the seeds that it and what it is compared
+            with both have, and one without such seeds is left out.
 
     Raises:
-        ValueError: the conditions have not all the same seeds, epochs and data, or a run is there twice.
+        ValueError: the conditions have not all the same seeds, epochs and data, or a run is there twice; of
+            ``partial`` runs, no condition has a seed with what it is compared with.
     """
-    by_name = _by_name(conditions, names, runs)
-    final = {name: [run.metrics[-1].test_accuracy for run in own] for name, own in by_name.items()}
-    seconds = {name: statistics.median(m.seconds for run in own for m in run.metrics) for name, own in by_name.items()}
-    differences: dict[str, Mean] = {}
-    claimed: dict[str, Region] = {}
-    for name in by_name:
-        if name == REFERENCE:
-            continue
-        condition = conditions[name]
-        pairs = zip(final[name], final[condition.versus], strict=True)
-        differences[name] = mean_over_seeds([a - b for a, b in pairs])
-        claimed[name] = region(condition.claim, statistics.fmean(final[condition.versus]), chance, margin)
+    found = _by_name(conditions, names, runs, partial=partial)
+    references = {name for name in found if REFERENCE in (name, conditions[name].beside)}
+    partners = {name: conditions[name].versus for name in found if name not in references}
+    partners |= {name: next((n for n, other in partners.items() if other == name), name) for name in references}
+    pairs = {name: _paired(found[name], found.get(other, {})) for name, other in partners.items()}
+    pairs = {name: pairs[name] for name in found if pairs[name]}
+    if not pairs:
+        raise ValueError("no condition has a seed with the one that it is compared with")
+    seconds = {
+        name: statistics.median(m.seconds for run in own.values() for m in run.metrics) for name, own in found.items()
+    }
+    differences = {name: _difference(pair) for name, pair in pairs.items() if name not in references}
+    levels = {name: statistics.fmean(_final(other) for _, other in pair) for name, pair in pairs.items()}
+    claimed = {name: region(conditions[name].claim, levels[name], chance, margin) for name in differences}
     family = [
         name
         for name, difference in differences.items()
-        if is_tested(difference, statistics.fmean(final[conditions[name].versus]), chance, margin)
-        and math.isfinite(difference.standard_error)
+        if is_tested(difference, levels[name], chance, margin) and math.isfinite(difference.standard_error)
     ]
     tests = [p_values(differences[name], claimed[name]) for name in family]
     corrected = [PValues(*p) for p in zip(*(holm(p) for p in zip(*tests, strict=True)), strict=True)]
     nearest = {name: min(zip(p, after, strict=True)) for name, p, after in zip(family, tests, corrected, strict=True)}
+
+    def reference_of(name: str) -> str:
+        return name if name in references else reference_of(conditions[name].versus)
+
     rows = []
-    for name, own in by_name.items():
+    for name, pair in pairs.items():
         condition, difference = conditions[name], differences.get(name)
-        reference = statistics.fmean(final[condition.versus])
-        said = verdict(condition.claim, difference, reference, chance, margin) if difference is not None else ""
+        said = verdict(condition.claim, difference, levels[name], chance, margin) if difference is not None else ""
         p, after = nearest.get(name, (None, None))
+        own = [run for run, _ in pair]
         rows.append(
             Row(
                 name=name,
                 condition=condition,
-                accuracies=tuple(
-                    mean_over_seeds([m.test_accuracy for m in epoch])
-                    for epoch in zip(*(run.metrics for run in own), strict=True)
-                ),
-                final=tuple(final[name]),
+                accuracies=_by_epoch(own),
+                versus=_by_epoch([other for _, other in pair]),
+                final=tuple(map(_final, own)),
+                of_seeds=tuple(run.config.seed for run in own),
                 seconds=statistics.median(sum(m.seconds for m in run.metrics) for run in own),
-                relative_cost=seconds[name] / seconds[REFERENCE],
+                relative_cost=seconds[name] / seconds[reference_of(name)],
                 difference=difference,
                 verdict=said,
                 p=p,
                 holm=after,
                 seeds=seeds_to_decide(differences[name], claimed[name], probability) if name in family else None,
+                beside=_beside(_paired(found[name], found.get(condition.beside or "", {})), chance, margin),
             )
         )
     return rows
 
 
 def _by_name(
-    conditions: Mapping[str, Compared], names: Sequence[str], runs: Sequence[FinishedRun]
-) -> dict[str, list[FinishedRun]]:
-    """The runs of each condition in the order of their seeds, which are the same in all."""
-    found: dict[str, dict[int, FinishedRun]] = {}
+    conditions: Mapping[str, Compared], names: Sequence[str], runs: Sequence[FinishedRun], *, partial: bool
+) -> dict[str, BySeed]:
+    """The runs of each condition by their seeds, which are the same in all, unless they are partial."""
+    found: dict[str, BySeed] = {}
     for name, run in zip(names, runs, strict=True):
         if run.config.seed in found.setdefault(name, {}):
             raise ValueError(f"condition {name} has seed {run.config.seed} twice")
@@ -139,18 +171,49 @@ def _by_name(
         if name not in found:
             raise ValueError(f"there are no runs of {name}, with which others are compared")
     for name, by_seed in found.items():
-        if others := found[REFERENCE].keys() ^ by_seed.keys():
+        if not partial and (others := found[REFERENCE].keys() ^ by_seed.keys()):
             seeds = ", ".join(map(str, sorted(others)))
             raise ValueError(f"conditions {REFERENCE} and {name} have not both seed {seeds}")
     for what in ("data", "epochs"):
         if len(kinds := {getattr(run.config, what) for run in runs}) > 1:
             raise ValueError(f"the runs differ in their {what}: {', '.join(map(str, sorted(kinds, key=str)))}")
-    return {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in found.items()}
+    return found
+
+
+Pairs = list[tuple[FinishedRun, FinishedRun]]
+
+
+def _paired(own: BySeed, other: BySeed) -> Pairs:
+    return [(own[seed], other[seed]) for seed in sorted(own.keys() & other.keys())]
+
+
+def _final(run: FinishedRun) -> float:
+    return run.metrics[-1].test_accuracy
+
+
+def _difference(pairs: Pairs) -> Mean:
+    return mean_over_seeds([_final(own) - _final(other) for own, other in pairs])
+
+
+def _by_epoch(runs: Sequence[FinishedRun]) -> tuple[Mean, ...]:
+    return tuple(
+        mean_over_seeds([m.test_accuracy for m in epoch]) for epoch in zip(*(run.metrics for run in runs), strict=True)
+    )
+
+
+def _beside(pairs: Pairs, chance: float, margin: float) -> Beside | None:
+    if not pairs:
+        return None
+    others = [other for _, other in pairs]
+    difference = _difference(pairs)
+    said = verdict("equivalent", difference, statistics.fmean(map(_final, others)), chance, margin)
+    return Beside(_by_epoch(others), difference, said)
 
 
 RESULT = ("condition", "test accuracy (%)", "n", "seconds", "cost")
 CLAIM = ("difference (points)", "95 % interval", "paper", "verdict", "Holm's p")
 COLUMNS = RESULT + CLAIM
+BESIDE = ("condition", "test accuracy (%)", "as written (%)", "n", "difference (points)", "95 % interval", "within ±1")
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -172,9 +235,27 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
+def beside_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The cells under ``BESIDE``, of the conditions in another version than the paper's text."""
+    return [
+        (
+            label(row),
+            str(row.accuracies[-1]),
+            str(row.beside.accuracies[-1]),
+            str(row.beside.difference.n),
+            str(row.beside.difference),
+            _interval(row.beside.difference),
+            row.beside.verdict.replace("does not hold", "no").replace("holds", "yes"),
+        )
+        for row in rows
+        if row.beside is not None
+    ]
+
+
 def label(row: Row) -> str:
     """The condition's, as tables and figures show it."""
-    return row.condition.title if row.name in (REFERENCE, BASELINE) else f"{row.name}: {row.condition.title}"
+    is_baseline = {row.name, row.condition.beside} & {REFERENCE, BASELINE}
+    return row.condition.title if is_baseline else f"{row.name}: {row.condition.title}"
 
 
 def _interval(difference: Mean | None) -> str:
@@ -224,12 +305,35 @@ NOTES = (
 )
 
 
-def notes(rows: Sequence[Row], chance: float) -> tuple[str, ...]:
-    """What the table's columns mean, and what its verdicts rest on."""
+BESIDE_NOTE = (
+    "as written: the same condition as the paper's text has it; the difference to it is paired by seed, within ±1: its "
+    "95 % interval lies within ±1 point, as above and without Holm's correction. In the first table a condition is "
+    "compared with what it is compared with in the same version"
+)
+
+
+def notes(rows: Sequence[Row], chance: float, *, runs: int, planned: int | None = None) -> tuple[str, ...]:
+    """What the table's columns mean, and what its verdicts rest on.
+
+    Args:
+        runs: how many there are.
+        planned: how many there will be, where some are missing.
+    """
     family = [row.name for row in rows if row.holm is not None]
+    separator = "; " if any(row.beside for row in rows) else ", "  # names of versions have commas
     holms = (
         f"Holm's p: of the one-sided t test that decides (of an equivalence, of the two the larger), corrected for the "
-        f"family of this table's {len(family)} claims ({', '.join(family)}); the verdict stays where it is below "
+        f"family of this table's {len(family)} claims ({separator.join(family)}); the verdict stays where it is below "
         f"{LEVEL:.3g}"
     )
-    return (*NOTES, *([holms] if family else []), f"chance: {100 * chance:.2f} %, naming the most frequent class")
+    missing = (
+        f"not finished: {runs} of {planned} runs are there; a row is over the seeds that are finished in it and in "
+        "what it is compared with, and other seeds are left out"
+    )
+    return (
+        *([missing] if planned is not None else []),
+        *NOTES,
+        *([BESIDE_NOTE] if any(row.beside for row in rows) else []),
+        *([holms] if family else []),
+        f"chance: {100 * chance:.2f} %, naming the most frequent class",
+    )

@@ -17,7 +17,19 @@ from typing import Any, NamedTuple
 from relaxprop.lab.files import OutputError, write_atomically
 from relaxprop.lab.records import RECORDS
 from relaxprop.lab.report import plots
-from relaxprop.lab.report.claims import COLUMNS, RULES, Row, is_decided_after_holm, label, notes, summarise, table
+from relaxprop.lab.report.claims import (
+    BESIDE,
+    COLUMNS,
+    RULES,
+    Beside,
+    Row,
+    beside_table,
+    is_decided_after_holm,
+    label,
+    notes,
+    summarise,
+    table,
+)
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import (
     BASELINE,
@@ -40,13 +52,22 @@ class Figure(NamedTuple):
     names: list[str]  # the conditions of the runs
     runs: list[FinishedRun]
     rows: list[Row]
+    planned: int | None = None  # runs of the command, where some of them are missing
 
     @property
     def about(self) -> str:
         """Data, network and sizes."""
-        epochs, n = len(self.rows[0].accuracies), self.rows[0].accuracies[-1].n
+        epochs = len(self.rows[0].accuracies)
+        least, *_, most = sorted(2 * [row.accuracies[-1].n for row in self.rows])
+        n = f"{least} to {most}" if least < most else f"{most}"
         model = self.runs[0].config.model.upper()
-        return f"{self.dataset}, {model}, {epochs} epoch{'s' * (epochs > 1)}, n = {n} seed{'s' * (n > 1)}"
+        missing = "" if self.planned is None else f", {len(self.runs)} of {self.planned} runs"
+        return f"{self.dataset}, {model}, {epochs} epoch{'s' * (epochs > 1)}, n = {n} seed{'s' * (most > 1)}{missing}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the table's columns mean, and what its verdicts rest on."""
+        return notes(self.rows, self.chance, runs=len(self.runs), planned=self.planned)
 
 
 def read_figure(path: Path, *, margin: float = MARGIN, probability: float = PROBABILITY) -> Figure:
@@ -92,10 +113,18 @@ def figure_of(records: Records, path: Path, *, margin: float = MARGIN, probabili
     if not runs:
         raise OutputError(f"{path} holds no runs")
     try:
-        rows = summarise(head.conditions, names, runs, chance=head.chance, margin=margin, probability=probability)
+        rows = summarise(
+            head.conditions,
+            names,
+            runs,
+            chance=head.chance,
+            margin=margin,
+            probability=probability,
+            partial=head.planned is not None,
+        )
     except ValueError as error:
         raise OutputError(f"{path}: {error}") from error
-    return Figure(head.command, head.experiment, head.dataset, head.chance, names, runs, rows)
+    return Figure(head.command, head.experiment, head.dataset, head.chance, names, runs, rows, head.planned)
 
 
 def write_figure(folder: Path) -> tuple[Figure, list[Path]]:
@@ -113,15 +142,32 @@ def write_figure(folder: Path) -> tuple[Figure, list[Path]]:
     }
     for name, text in files.items():
         write_atomically(folder / name, text)
-    curves = {label(row): row.accuracies for row in rows}
-    (baseline,) = (label(row) for row in rows if row.name == BASELINE)
     title = f"{figure.experiment}\n{figure.about}"
-    drawn = plots.learning_curves(curves, baseline, title, folder / "accuracy.png")
+    drawn = plots.learning_curves(_panels(rows), _LINES, title, folder / "accuracy.png")
     paths = [*(folder / name for name in files), folder / RECORDS, drawn]
-    if measured := alignment_curves(figure.names, figure.runs):
+    seeds = {row.name: row.of_seeds for row in rows}
+    counted = [
+        (name, run)
+        for name, run in zip(figure.names, figure.runs, strict=True)
+        if run.config.seed in seeds.get(name, ())
+    ]
+    if measured := alignment_curves([name for name, _ in counted], [run for _, run in counted]):
         by_label = {label(row): measured[row.name] for row in rows if row.name in measured}
         paths += _write_alignment(by_label, figure.about, folder)
     return figure, paths
+
+
+_LINES = ("Activation Relaxation", "the panel's condition", "the same as the paper's text has it")
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, tuple[Sequence[Mean] | None, ...]]:
+    """The learning curves of each panel: the baseline's, the condition's, and in another version the written one's."""
+    panels: dict[str, tuple[Sequence[Mean] | None, ...]] = {}
+    for row in rows:
+        written = row.beside and row.beside.accuracies
+        if row.name != BASELINE:
+            panels[label(row)] = (None if row.condition.beside == BASELINE else row.versus, row.accuracies, written)
+    return panels
 
 
 def alignment_curves(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, AlignmentCurves]:
@@ -174,14 +220,18 @@ def _accuracy_csv(rows: Sequence[Row]) -> str:
 
 def table_document(figure: Figure) -> str:
     """The table with what it is about and what its columns mean."""
-    listed = "".join(f"* {note}\n" for note in notes(figure.rows, figure.chance))
-    return f"{markdown_table(COLUMNS, table(figure.rows))}\n{figure.about}\n\n{listed}"
+    listed = "".join(f"* {note}\n" for note in figure.notes)
+    tables = [markdown_table(COLUMNS, table(figure.rows))]
+    if beside := beside_table(figure.rows):
+        tables.append(markdown_table(BESIDE, beside))
+    return "\n".join([*tables, f"{figure.about}\n", listed])
 
 
 def summary(figure: Figure) -> dict[str, Any]:
     """The results in full, what their verdicts rest on, and the runs that they are of."""
     return {
         "command": figure.command,
+        **({} if figure.planned is None else {"runs_there": len(figure.runs), "runs_planned": figure.planned}),
         "environments": _environments(figure.runs),
         "chance": figure.chance,
         "margin": MARGIN,
@@ -198,11 +248,13 @@ def summary(figure: Figure) -> dict[str, Any]:
                 "test_accuracy_mean": row.accuracies[-1].mean,
                 "test_accuracy_standard_error": _number(row.accuracies[-1].standard_error),
                 "test_accuracy_by_seed": row.final,
+                "seeds": row.of_seeds,
                 "n": row.accuracies[-1].n,
                 "training_seconds_median": row.seconds,
                 "cost_relative_to_backpropagation": row.relative_cost,
                 "paired_difference": None if row.difference is None else _difference(row, row.difference),
             }
+            | ({} if row.beside is None else {"beside": _beside(row, row.beside)})
             for row in figure.rows
         },
         "runs": {run.config.id: run.config.model_dump(mode="json") for run in figure.runs},
@@ -232,6 +284,18 @@ def _difference(row: Row, difference: Mean) -> dict[str, Any]:
         "p_holm": row.holm,
         "decided_after_holm": is_decided_after_holm(row),
         "seeds_to_decide": row.seeds,
+    }
+
+
+def _beside(row: Row, beside: Beside) -> dict[str, Any]:
+    low, high = beside.difference.interval
+    return {
+        "to": row.condition.beside,
+        "mean": beside.difference.mean,
+        "standard_error": _number(beside.difference.standard_error),
+        "interval": [_number(low), _number(high)],
+        "n": beside.difference.n,
+        "within_margin": beside.verdict,
     }
 
 

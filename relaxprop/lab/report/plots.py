@@ -30,37 +30,44 @@ ROUNDING = float(np.finfo(np.float64).eps)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def learning_curves(curves: Mapping[str, Sequence[Mean]], baseline: str, title: str, path: Path) -> Path:
-    """Test accuracy over epochs, mean over seeds with standard errors; a panel for each curve beside the baseline."""
+def learning_curves(
+    panels: Mapping[str, Sequence[Sequence[Mean] | None]], lines: Sequence[str], title: str, path: Path
+) -> Path:
+    """Test accuracy over epochs, mean over seeds with standard errors.
+
+    Args:
+        panels: the curves of each, by its title, in the order of ``lines``; None where it has no such curve.
+        lines: what the curves are, three at most.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    others = [name for name in curves if name != baseline]
-    columns = min(3, len(others))
-    rows = math.ceil(len(others) / columns)
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     figure = _figure(_width(columns), 3 * rows + 1)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, name in zip(panels, others, strict=False):
-        # Equal curves lie on one another: the later one is dashed and its marks are smaller, so that both show.
-        for label, colour, line, size in ((baseline, COLOURS[0], "-", 6), (name, COLOURS[1], "--", 3)):
-            means = curves[label]
+    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    # Equal curves lie on one another: the later ones are dashed and their marks are smaller, so that all show.
+    styles = [(COLOURS[0], "-", 6), (COLOURS[1], "--", 3), (COLOURS[2], ":", 1.5)]
+    for axes, (name, curves) in zip(all_axes, panels.items(), strict=False):
+        for means, (colour, line, size) in zip(curves, styles, strict=False):
+            if means is None:
+                continue
             mean = 100 * np.array([m.mean for m in means])
             error = 100 * np.nan_to_num([m.standard_error for m in means])
             epochs = np.arange(1, len(means) + 1)
-            axes.errorbar(
-                epochs, mean, error, color=colour, linestyle=line, marker="o", markersize=size, capsize=2, label=label
-            )
+            axes.errorbar(epochs, mean, error, color=colour, linestyle=line, marker="o", markersize=size, capsize=2)
         axes.set_title(name, fontsize="medium")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.set(xlabel="epoch", ylabel="test accuracy (%)")
-    for axes in panels[len(others) :]:
+    for axes in all_axes[len(panels) :]:
         axes.set_axis_off()
-    lines = [
-        _line(color=COLOURS[0], linestyle="-", marker="o", markersize=6),
-        _line(color=COLOURS[1], linestyle="--", marker="o", markersize=3),
+    drawn = [i for i in range(len(lines)) if any(curves[i] is not None for curves in panels.values())]
+    handles = [
+        _line(color=colour, linestyle=line, marker="o", markersize=size)
+        for colour, line, size in (styles[i] for i in drawn)
     ]
     figure.legend(
-        lines, [baseline, "the panel's condition"], loc="outside lower center", ncols=2,
+        handles, [lines[i] for i in drawn], loc="outside lower center", ncols=len(drawn),
         title="mean over seeds, bars: standard error",
     )  # fmt: skip
     figure.suptitle(title, fontsize="medium")

@@ -1,0 +1,115 @@
+"""How Sphinx makes the site: `make docs`. Nothing is fetched, neither by the build nor by the pages."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer.cli
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from typer.main import get_command
+
+import relaxprop
+from relaxprop.lab.bench import Benchmark, markdown
+from relaxprop.lab.cli.main import app as command_line
+
+HERE = Path(__file__).parent
+
+project = "relaxprop"
+author = copyright = "The relaxprop developers"
+version = release = relaxprop.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "examples", "generated"]
+html_theme = "furo"
+html_title = "relaxprop"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"  # which browsers show by themselves, without a script from elsewhere
+html_show_sourcelink = False
+
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_output_stderr = "remove-warn"  # with -W, a notebook that writes a warning ends the build
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+default_role = "py:obj"
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def equations_are_literal(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Indented equations of a docstring keep their lines: a paragraph that is indented by itself is a literal block."""
+    before, section = "", False
+    for i, line in enumerate(lines):
+        section = section or bool(re.fullmatch(r"(Args|Attributes|Returns|Raises):", line.strip()))
+        if line.startswith("    ") and not before.strip() and not section and i:
+            above = next(k for k in range(i - 1, -1, -1) if lines[k].strip())
+            if not lines[above].startswith("    "):
+                lines[above] += " ::" if not lines[above].endswith(":") else ":"
+        before = line
+
+
+def write_generated(app: Sphinx) -> None:
+    """What pages include: all commands as Typer describes them, a kept benchmark's tables, the files' own words."""
+    folder = HERE / "generated"
+    folder.mkdir(exist_ok=True)
+    kept = (HERE.parent / "results" / "bench-mlp.json").read_text(encoding="utf-8")
+    (folder / "bench-mlp.md").write_text(markdown(Benchmark.model_validate_json(kept)), encoding="utf-8")
+    (folder / "rooms.md").write_text("\n".join(rooms()), encoding="utf-8")
+    command = get_command(command_line)
+    context = command.make_context("relaxprop", ["--help"], resilient_parsing=True)
+    pages = typer.cli.get_docs_for_click(obj=command, ctx=context, name="relaxprop")
+    commands = re.sub("^#", "##", "".join(pages.partition("\n## ")[1:]), flags=re.M)
+    (folder / "command_line.md").write_text(commands, encoding="utf-8")
+
+
+def rooms() -> Iterator[str]:
+    """A table of the package's files, each with the first sentence that it says of itself."""
+    yield from ("| file | what it is for |", "| --- | --- |")
+    package = Path(relaxprop.__file__).parent
+    for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path)):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = " ".join(said.partition("\n\n")[0].split())
+        yield f"| `{path.relative_to(package.parent)}` | {first} |"
+
+
+def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """The page of claims is generated from the kept results, and joins the others where it is."""
+    if name == "index" and not (HERE / "claims.md").exists():
+        source[0] = source[0].replace("\nclaims\n", "\n")
+
+
+def inline_mathml(self: object, node: nodes.math) -> None:
+    self.body.append(convert(node.astext()))  # type: ignore[attr-defined]
+    raise nodes.SkipNode
+
+
+def display_mathml(self: object, node: nodes.math_block) -> None:
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')  # type: ignore[attr-defined]
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (inline_mathml, None), (display_mathml, None))
+    app.connect("autodoc-process-docstring", equations_are_literal, priority=100)  # before napoleon
+    app.connect("builder-inited", write_generated)
+    app.connect("source-read", without_missing_pages)

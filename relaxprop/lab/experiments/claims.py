@@ -1,0 +1,285 @@
+"""The page of the paper's claims: each beside the best that is kept on it, and what is still to be computed.
+
+May import: lab.experiments.evidence, lab.experiments.paper, lab.experiments.queue, lab.report.claims,
+lab.report.tables, lab.results, lab.stats.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+
+from relaxprop.lab.experiments.evidence import CLAIMS, FIGURES, SUPPORTING, Line, Source, judged
+from relaxprop.lab.experiments.paper import EXPERIMENTS
+from relaxprop.lab.experiments.queue import Queue, State, states
+from relaxprop.lab.report.claims import BESIDE, RULES, beside_table
+from relaxprop.lab.report.tables import markdown_table
+from relaxprop.lab.results import BASELINE, REFERENCE
+from relaxprop.lab.stats import LEVEL, MOST_SEEDS, Claim, Mean
+
+SAID: dict[Claim, str] = {
+    "equivalent": "the accuracy stays the same",
+    "worse": "the accuracy falls",
+    "destroyed": "learning is destroyed",
+}
+COLUMNS = (
+    "the paper's claim", "seeds", "epochs", "difference (points)", "95 % interval", "verdict", "would decide",
+    "evidence", "command",
+)  # fmt: skip
+PAPER: dict[Claim, str] = {"equivalent": "the same", "worse": "worse", "destroyed": "destroyed"}
+PAPERS = "the paper's "
+QUEUE = ("item", "command", "runs", "there", "missing", "core-hours")
+
+
+def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
+    """The whole document.
+
+    Args:
+        found: what is kept, see `evidence.sources`.
+        queue: what is to be computed.
+        command: that makes the page.
+    """
+    lines, supporting = judged(CLAIMS, found), judged(SUPPORTING, found)
+    to_come = [] if queue is None else states(queue, found)
+    parts = [
+        "# The paper's claims",
+        f"{first_sentence(lines)} {supporting_sentence(supporting)}".rstrip(),
+        f"This page is made by `{command}` from the kept results, and is not written by hand. f' is the derivative of "
+        "the activation function. Algorithm 1 takes it, and the presynaptic activity, from the feedforward pass; "
+        "*f'(W x)* and *presynaptic x* are taken at the relaxing activities x instead. *ψ* are backwards weights of "
+        "their own in place of the weights' transpose; *no f'* means that 1 stands for it. The difference is of the "
+        "test accuracy after the last epoch, seed by seed, to Activation Relaxation by Algorithm 1.",
+    ]
+    parts += ["## At a glance", "The difference in points with its 95 % interval, and the verdict.",
+              _short_table([*lines, *supporting])]  # fmt: skip
+    for figure, dataset in FIGURES:
+        own = [line for line in lines if line.claim[:2] == (figure, dataset)]
+        parts += [
+            f"## {_title(own[0])}",
+            _data(own),
+            markdown_table(COLUMNS, [_cells(x, to_come) for x in own]),
+        ]
+    parts += [
+        "## What these claims rest on",
+        "That Activation Relaxation equals backpropagation (the difference is to that), and that fixed random "
+        "feedback, for comparison, is seen to be worse.",
+        markdown_table(COLUMNS, [_cells(x, to_come, with_place=True) for x in supporting]),
+    ]
+    for source in found:
+        if source.figure is not None and (beside := beside_table(source.figure.rows)):
+            title = source.figure.experiment.removeprefix(PAPERS)
+            about = f"`{source.place}`, {source.figure.about}, `{shown(source.command)}`"
+            parts += [f"## {title}", about, markdown_table(BESIDE, beside)]
+    if queue is not None:
+        parts += _queue(queue, to_come)
+    parts += ["## How the verdicts are made", "".join(f"* {note}\n" for note in _notes(lines, supporting))]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def short_table(found: Sequence[Source]) -> str:
+    """The differences with their intervals and the verdicts alone: a row for a condition, a column for a data set."""
+    return _short_table([*judged(CLAIMS, found), *judged(SUPPORTING, found)])
+
+
+def _short_table(lines: Sequence[Line]) -> str:
+    tables = []
+    for together in (FIGURES[:2], FIGURES[2:]):
+        own = [line for line in lines if line.claim[:2] in together]
+        rows = []
+        figure, dataset = together[0]
+        for name in (name for name in EXPERIMENTS[figure].of(dataset) if name != REFERENCE):
+            by_data = {line.claim.dataset: line for line in own if line.claim.name == name}
+            (usual, _), *others = Counter(line.claim.condition.claim for line in by_data.values()).most_common()
+            exceptions = [
+                f"{NAMES[dataset]}: {PAPER[line.claim.condition.claim]}"
+                for dataset, line in by_data.items()
+                if others and line.claim.condition.claim != usual
+            ]
+            title = next(iter(by_data.values())).claim.condition.title
+            label = title if name == BASELINE else f"{name}: {title}"
+            said = "; ".join([PAPER[usual], *exceptions])
+            rows.append((label, said, *(_short(by_data[dataset]) for _, dataset in together)))
+        tables.append(markdown_table(("with", "the paper", *(NAMES[dataset] for _, dataset in together)), rows))
+    return "\n".join(tables)
+
+
+def _short(line: Line) -> str:
+    if line.found is None:
+        return "no runs"
+    difference = line.found.difference
+    low, high = difference.interval
+    interval = f" ({100 * low:.2f} to {100 * high:.2f})" if difference.n > 1 else ""
+    said = line.verdict.partition(":")[0].replace("does not hold", "**does not hold**")
+    after = ", after Holm open" if _is_open_after(line) else ""
+    return f"{100 * difference.mean:.2f}{interval}, n = {difference.n}: {said}{after}"
+
+
+def first_sentence(lines: Sequence[Line]) -> str:
+    """What does not hold, then how many hold and are open."""
+    refuted = [line for line in lines if line.verdict.startswith("does not hold")]
+    holds = sum(line.verdict == "holds" for line in lines)
+    still = len(lines) - holds - len(refuted)
+    rest = f"{holds} {'holds' if holds == 1 else 'hold'}, and {still} {'is' if still == 1 else 'are'} open"
+    if not refuted:
+        return f"**None of the paper's {len(lines)} claims is refuted by what is kept here**: {rest}."
+    verb = "does" if len(refuted) == 1 else "do"
+    named = _named(refuted)
+    return f"**Of the paper's {len(lines)} claims {len(refuted)} {verb} not hold here**: {named}. Of the others {rest}."
+
+
+def supporting_sentence(lines: Sequence[Line]) -> str:
+    """Which of what the claims rest on does not hold; nothing where all of it may."""
+    refuted = [line for line in lines if line.verdict.startswith("does not hold")]
+    return f"Of what they rest on, this does not hold: {_named(refuted)}." if refuted else ""
+
+
+def _named(refuted: Sequence[Line]) -> str:
+    """With the difference, and whether Holm's correction leaves it open."""
+    texts = []
+    for line in refuted:
+        assert line.found is not None
+        points = f"{100 * line.found.difference.mean:+.1f} points"
+        after = ", after Holm's correction open" if _is_open_after(line) else ""
+        texts.append(f"{_title(line)}, {in_words(line)} ({points}{after})")
+    return "; ".join(texts)
+
+
+def in_words(line: Line) -> str:
+    """The claim, in words."""
+    condition, name = line.claim.condition, line.claim.name
+    if name == BASELINE:
+        return "Activation Relaxation reaches backpropagation's accuracy"
+    return f"{name}: with {condition.title}, {SAID[condition.claim]}"
+
+
+def shown(command: str) -> str:
+    """A command as one types it: quoted only where it has to be, and in double quotes where a word has single ones."""
+
+    def typed(word: str) -> str:
+        if re.fullmatch(r"[\w@%+=:,./-]+", word):
+            return word
+        return f'"{word}"' if re.fullmatch(r"[\w' @%+=:,./-]+", word) else shlex.quote(word)
+
+    return " ".join(map(typed, shlex.split(command)))
+
+
+def _title(line: Line) -> str:
+    figure, dataset, _ = line.claim
+    return f"{EXPERIMENTS[figure].title.removeprefix(PAPERS)}, {NAMES[dataset]}"
+
+
+NAMES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "svhn": "SVHN",
+    "cifar100": "CIFAR-100",
+}
+
+
+def _data(lines: Sequence[Line]) -> str:
+    """How much of the data set its results are of."""
+    titles = {line.source.title for line in lines if line.source is not None}
+    if not titles:
+        return "There are no runs yet."
+    sizes = {title.partition(" (subset: ")[2].rstrip(")") for title in titles}
+    return " ".join(
+        f"On a part of the data set: {size} (training / test)." if size else "On the complete data set."
+        for size in sorted(sizes)
+    )
+
+
+def _difference(line: Line) -> tuple[str, str]:
+    if line.found is None:
+        return "", ""
+    difference: Mean = line.found.difference
+    low, high = difference.interval
+    return str(difference), f"{100 * low:.2f} to {100 * high:.2f}" if difference.n > 1 else ""
+
+
+def _is_open_after(line: Line) -> bool:
+    return not line.verdict.startswith("open") and line.holm is not None and line.holm >= LEVEL
+
+
+def _verdict(line: Line) -> str:
+    said = line.verdict.replace("does not hold", "**does not hold**")
+    return f"{said} (after Holm's correction open)" if _is_open_after(line) else said
+
+
+def _cells(line: Line, to_come: Sequence[State], *, with_place: bool = False) -> tuple[str, ...]:
+    source, on = line.source, line.found
+    claim = f"{_title(line)}: {in_words(line)}" if with_place else in_words(line)
+    if source is None or on is None:
+        command = next((s.command for s in to_come if _computes(s, line)), None) or _command(line)
+        return (claim, "0", "", "", "", line.verdict, "", "none", f"`{shown(command)}`")
+    would = ""
+    if line.verdict.startswith("open") and line.holm is not None:
+        would = f"{line.seeds:,} seeds" if line.seeds else f"not even {MOST_SEEDS:,} seeds"
+    missing = f", {source.runs} of {source.planned} runs" if source.planned is not None else ""
+    return (
+        claim,
+        str(on.difference.n),
+        str(source.epochs),
+        *_difference(line),
+        _verdict(line),
+        would,
+        f"{source.kind}{missing}: `{source.place}`",
+        f"`{shown(source.command)}`",
+    )
+
+
+def _computes(state: State, line: Line) -> bool:
+    plan = state.plan
+    is_here = plan.figure == line.claim.figure and line.claim.dataset in plan.datasets
+    return is_here and (not plan.only or line.claim.name in plan.only)
+
+
+def _command(line: Line) -> str:
+    return f"relaxprop reproduce {line.claim.figure} --dataset {line.claim.dataset}"
+
+
+def _queue(queue: Queue, to_come: Sequence[State]) -> list[str]:
+    rows, previous = [], 0
+    for state in to_come:
+        item = f"{state.item}. {queue.items[state.item - 1].what}" if state.item != previous else ""
+        previous = state.item
+        unknown = f" and {state.unknown} runs of unknown cost" if state.unknown else ""
+        missing = state.runs - state.there
+        hours = f"{state.hours:.1f}{unknown}" if missing else ""
+        rows.append(
+            (
+                item,
+                f"`{shown(state.command)}`",
+                str(state.runs),
+                str(state.there),
+                str(missing) if missing else "complete",
+                hours,
+            )
+        )
+    runs, there = sum(s.runs for s in to_come), sum(s.there for s in to_come)
+    rows.append(("all", "", str(runs), str(there), str(runs - there), f"{sum(s.hours for s in to_come):.1f}"))
+    return [
+        "## What is still to be computed",
+        f"{there} of {runs} runs of the queue are there, counted from the kept records. The core-hours are an "
+        "**estimate**, of one thread: the median time that an epoch took in kept runs of the same network, data set "
+        "and condition, which went beside other work, times the epochs that are missing. For another version of a "
+        "condition it is that of the condition as written. A run that an earlier command computes costs nothing again, "
+        "and a run that goes on from the weights of a shorter one costs less.",
+        markdown_table(QUEUE, rows),
+    ]
+
+
+def _notes(lines: Sequence[Line], supporting: Sequence[Line]) -> list[str]:
+    tested, others = (sum(line.holm is not None for line in group) for group in (lines, supporting))
+    return [
+        "each claim stands beside the evidence of most seeds, then of most epochs; *records* are runs of which every "
+        "epoch is kept, *unfinished* is a part of a command's runs, over the seeds that are finished in both "
+        "conditions, *without records* are older results of which only the final accuracies are kept",
+        RULES[0],
+        RULES[1].replace("… would:", "would decide:"),
+        f"Holm's correction is over all {tested} claims of this page that can be tested, and over the {others} that "
+        f"they rest on: the verdict stays where the corrected p is below {LEVEL:.3g}. A figure's own table corrects "
+        "for its own claims alone",
+    ]

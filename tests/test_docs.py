@@ -1,0 +1,192 @@
+"""What the site shows runs, and what it claims is what was measured. The README is held by `test_readme`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+from typer.testing import CliRunner
+
+import relaxprop
+from relaxprop import plots
+from relaxprop.lab.architectures import ARCHITECTURES
+from relaxprop.lab.bench import Benchmark
+from relaxprop.lab.cli.main import app
+from relaxprop.lab.experiments import depth as cost_of_depth
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "results"
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="the site is in the repository, not in a source distribution")
+
+WRITTEN = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "generated"} & set(path.parts)]
+PAGES = {str(path.relative_to(DOCS).with_suffix("")): path.read_text(encoding="utf-8") for path in WRITTEN}
+TEXT = {name: " ".join(page.split()) for name, page in PAGES.items()}
+# Of two kinds: shown as they stand, and executed by the build as well.
+PYTHON = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(?::\w.*\n)*(.*?)^```$", re.M | re.S)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
+
+
+# ------------------------------------------------------------------------------------------------------ it runs
+
+
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if PYTHON.search(text)])
+def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in PYTHON.findall(PAGES[page]):
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    plt.close("all")
+
+
+def commands() -> list[str]:
+    lines = [line for page in PAGES.values() for block in SHELL.findall(page) for line in block.splitlines()]
+    inline = [f"relaxprop {rest}" for page in TEXT.values() for rest in re.findall(r"`relaxprop ([^`]+)`", page)]
+    return sorted({*lines, *inline})
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("relaxprop ")])
+def test_the_commands_exist_with_their_options(line: str) -> None:
+    command, *arguments = shlex.split(line)[1:]
+    done = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    for argument in arguments:
+        assert not argument.startswith("--") or argument in done.output
+
+
+def test_what_is_installed_is_an_extra_of_the_project() -> None:
+    described = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(re.findall(r"^(\w+) = \[", described.partition("[project.optional-dependencies]")[2], re.M))
+    for page in PAGES.values():
+        for named in re.findall(r"pip install '(?:relaxprop|\.)\[([^\]]+)\]'", page):
+            assert set(named.split(",")) <= extras
+
+
+# ---------------------------------------------------------------------------------------------------- it holds
+
+
+def test_every_public_name_has_its_place_among_the_names() -> None:
+    shown = re.findall(r"^\.\. auto\w+:: (\S+)", PAGES["api"], re.M)
+    plotting = [f"plots.{name}" for name in plots.__all__]
+    assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting))
+
+
+def test_what_pages_include_and_show_is_there() -> None:
+    for name, page in PAGES.items():
+        folder = (DOCS / name).parent
+        for target in re.findall(r"^```\{(?:include|literalinclude)\} (\S+)$", page, re.M):
+            assert "generated/" in target or (folder / target).is_file(), f"{name}: {target}"
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", page):
+            assert (folder / target).is_file(), f"{name}: {target}"
+        for target in re.findall(r"`(results/[^`* ]+)`", page):
+            assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_every_kept_table_is_shown() -> None:
+    shown = {
+        ((DOCS / name).parent / target).resolve()
+        for name, page in PAGES.items()
+        for target in re.findall(r"^```\{include\} (\S+/table\.md)$", page, re.M)
+    }
+    kept = set(RESULTS.rglob("table.md")) - {RESULTS / "depth" / "table.md"}  # its plot is
+    assert kept <= shown
+
+
+def test_every_row_of_works_with_is_a_test() -> None:
+    rows = [line for line in PAGES["works-with"].splitlines() if line.startswith("| ")][2:]
+    named = [re.findall(r"`(tests/[^`]+)`", row) for row in rows]
+    assert all(named)
+    there = {f"tests/integrations/{path.name}" for path in (ROOT / "tests/integrations").glob("test_*.py")}
+    assert {path for paths in named for path in paths} == there | {"tests/test_transparent.py"}
+
+
+def kept_benchmark(name: str) -> Benchmark:
+    return Benchmark.model_validate_json((RESULTS / name).read_text())
+
+
+def test_the_costs_in_the_text_are_those_of_the_kept_benchmarks() -> None:
+    text = TEXT["results/costs"]
+    repeats = [kept_benchmark(f"bench-mlp-repeats/{i}.json") for i in range(1, 6)]
+    ranges = []
+    for rule in ("Equilibrium()", "ClosedForm(0.1, 100)"):
+        ratios = [cost.time_ratio for benchmark in repeats for cost in benchmark.costs if cost.rule == rule]
+        ranges.append(f"{min(ratios):.2f}× to {max(ratios):.2f}×")
+    faster = [benchmark.ratios[0].ratio for benchmark in repeats]
+    assert f"they came to {', '.join(ranges)} and {min(faster):.1f} to {max(faster):.1f} times" in text
+    cnn = kept_benchmark("bench-cnn.json")
+    _, equilibrium, closed_form, _ = cnn.costs
+    assert f"`Equilibrium` takes {equilibrium.time_ratio:.2f}×, `ClosedForm` {closed_form.time_ratio:.2f}×" in text
+    assert f"and {closed_form.memory_ratio:.2f}× the memory of backpropagation" in text
+    assert f"`Euler` {cnn.ratios[0].ratio:.1f} times `ClosedForm`'s time" in text
+
+
+def test_the_learning_curves_numbers_are_the_kept_results() -> None:
+    lines = csv.DictReader((RESULTS / "figure1" / "accuracy.csv").read_text().splitlines())
+    accuracy = {(line["condition"], line["epoch"]): f"{100 * float(line['test_accuracy']):.2f}" for line in lines}
+    ours, theirs = ([accuracy[name, epoch] for epoch in ("1", "3", "5")] for name in ("baseline", "backprop"))
+    sentence = (
+        f"After 1, 3 and 5 epochs of MNIST Activation Relaxation reaches {ours[0]}, {ours[1]} and {ours[2]} % and "
+        f"backpropagation {theirs[0]}, {theirs[1]} and {theirs[2]} %."
+    )
+    assert sentence in TEXT["results/perceptrons"]
+
+
+def kept(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def test_every_architectures_gradients_are_within_the_bound() -> None:
+    gradients = kept("gradients/gradients.json")
+    assert len(gradients["comparisons"]) == len(ARCHITECTURES)
+    for comparison in gradients["comparisons"]:
+        assert len(comparison["errors"]) == 4
+        assert all(error <= gradients["bound"] == 1e-10 for error in comparison["errors"].values())
+
+
+def test_the_closed_form_is_faster_than_its_steps_at_every_depth() -> None:
+    ratios = {(c["depth"], c["solver"]): c["ratio"] for c in kept("depth/depth.json")["costs"]}
+    assert {depth for depth, _ in ratios} == set(cost_of_depth.DEPTHS)
+    for depth in cost_of_depth.DEPTHS:
+        for steps in (cost_of_depth.PAPERS, cost_of_depth.PLANNED):
+            assert ratios[depth, f"ClosedForm, {steps}"] < ratios[depth, f"Euler, {steps}"]
+
+
+def test_how_far_the_cnn_is_from_convergence_is_as_its_page_says() -> None:
+    lines = csv.DictReader((RESULTS / "convergence-cnn" / "convergence.csv").read_text().splitlines())
+    first = [line for line in lines if line["parameter"] == "convolutional.conv1.weight" and line["steps"] == "100"]
+    left = {line["step_size"]: float(line["measured"]) for line in first}
+    assert f"its gradient is {100 * left['0.1']:.0f} % off backpropagation's" in TEXT["results/cnns"]
+    assert left["0.2"] < 1e-5
+
+
+# ------------------------------------------------------------------------------------------- it leads somewhere
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    def outcome() -> tuple[int, list[str]]:
+        command: list[str | Path] = [sys.executable, DOCS / "check_links.py", tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    page = tmp_path / "a.html"
+    assert outcome() == (1, [f"{tmp_path}: no page in it"])
+    (tmp_path / "b.html").write_text('<p id="there">')
+    page.write_text('<a href="b.html#there">b</a> <a href="https://example.org/">elsewhere</a> <a href="#">up</a>')
+    assert outcome() == (0, ["all links lead somewhere"])
+    page.write_text('<a href="b.html#not">b</a> <img src="c.png"> <script src="https://example.org/d.js"></script>')
+    assert outcome() == (
+        1,
+        [
+            "a.html: b.html#not leads to no place on that page",
+            "a.html: c.png leads nowhere",
+            "a.html: loads https://example.org/d.js",
+        ],
+    )
