@@ -63,7 +63,7 @@ def equations_are_literal(app: Sphinx, what: str, name: str, obj: object, option
         section = section or bool(re.fullmatch(r"(Args|Attributes|Returns|Raises):", line.strip()))
         if line.startswith("    ") and not before.strip() and not section and i:
             above = next(k for k in range(i - 1, -1, -1) if lines[k].strip())
-            if not lines[above].startswith("    "):
+            if not lines[above].startswith("    ") and not lines[above].endswith("::"):
                 lines[above] += " ::" if not lines[above].endswith(":") else ":"
         before = line
 

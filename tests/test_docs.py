@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import relaxprop
-from relaxprop import plots
+from relaxprop import plots, rules
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.bench import Benchmark
 from relaxprop.lab.cli.main import app
@@ -76,7 +76,8 @@ def test_what_is_installed_is_an_extra_of_the_project() -> None:
 def test_every_public_name_has_its_place_among_the_names() -> None:
     shown = re.findall(r"^\.\. auto\w+:: (\S+)", PAGES["api"], re.M)
     plotting = [f"plots.{name}" for name in plots.__all__]
-    assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting))
+    bases = [f"rules.{name}" for name in rules.__all__ if name not in relaxprop.__all__]
+    assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting, *bases))
 
 
 def test_what_pages_include_and_show_is_there() -> None:

@@ -94,7 +94,7 @@ class DirectFeedback(Rule):
     Attributes:
         module: the plain module.
         settings: the arguments, a frozen record.
-        feedback: B_i by the vertex's name, of shape (n, *shape of a sample's activity); may be set, before the first
+        feedback: B_i by the vertex's name, of shape ``(n, *activity.shape[1:])``; may be set, before the first
             pass or later.
         last_phase: the `Phase` record of the latest backward pass, None before the first.
 
