@@ -1,6 +1,6 @@
 """A run, described completely.
 
-May import: feedback, public names, recording, solvers, vertices, wrapper, lab.data, lab.models.
+May import: feedback, public names, recording, solvers, vertices, wrapper, lab.data, lab.models, lab.rules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from relaxprop import (
 from relaxprop.feedback import FeedbackRule
 from relaxprop.lab.data import check_spelling
 from relaxprop.lab.models import Dropped, ModelName, Part
+from relaxprop.lab.rules import OTHERS, Rule
 from relaxprop.recording import InitialState
 from relaxprop.solvers import SOLVERS, Solver
 from relaxprop.vertices import Granularity
@@ -26,10 +27,13 @@ FORMAT = 1
 """Raised whenever the same description comes to give other results."""
 
 PAPERS_STEPS = {"step_size": PAPER.step_size, "num_steps": PAPER.num_steps}
-Rule = Literal["ar", "backprop"]
 Loss = Literal["squared-error", "cross-entropy"]
 OptimizerName = Literal["sgd", "adam"]
 Precision = Literal["fp32", "bf16"]
+
+
+# What a rule without a relaxation phase has in the places of its description.
+_WITHOUT_SOLVER = {"solver": "closed-form", "solver_options": {}, "initial": "feedforward", "frozen": Frozen()}
 
 
 def default_solver(frozen: Frozen) -> str:
@@ -52,6 +56,9 @@ class RunConfig(BaseModel):
     rule: Rule = "ar"
     solver: str = "closed-form"  # a name of `SOLVERS`
     solver_options: dict[str, float | int | str | None] = Field(default_factory=dict)
+    rule_options: dict[str, float | int | bool | str | None] = Field(
+        default_factory=dict
+    )  # of a rule of `rules.OTHERS`
     vertices: Granularity = "activations"
     initial: InitialState = "feedforward"
     frozen: Frozen = Frozen()
@@ -59,6 +66,8 @@ class RunConfig(BaseModel):
     dropped: dict[Part, Dropped] = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, lt=2**63)
     epochs: int = Field(default=30, ge=1)
+    validation: int = Field(default=0, ge=0)  # training images held out, on which is measured in the test images' place
+    enlarged: int = Field(default=1, ge=1)  # how often each pixel is repeated, in height and in width
     signed_inputs: bool = False  # scaled to [−1, 1], not [0, 1]
     batch_size: int = Field(default=64, ge=1)
     left_out: int = Field(default=0, ge=0)  # minibatches at the end of training and test data
@@ -83,17 +92,20 @@ class RunConfig(BaseModel):
 
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if values.get("rule") == "backprop":
-            return values | {
-                "solver": "closed-form",
-                "solver_options": {},
-                "vertices": "activations",
-                "initial": "feedforward",
-                "frozen": Frozen(),
-                "feedback": {},
-                "dropped": {},
-                "alignment_every": 0,
-            }
+        rule = values.get("rule")
+        if rule == "backprop":
+            unused = {"vertices": "activations", "feedback": {}, "dropped": {}, "alignment_every": 0}
+            return values | _WITHOUT_SOLVER | {"rule_options": {}} | unused
+        parts = values.get("feedback", {})
+        if isinstance(parts, dict):  # their order is that of the random draws
+            parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}
+        if (other := OTHERS.get(str(rule))) is not None:
+            if parts and not other.transports:
+                raise ValueError(f"feedback has no effect on {other.title}, whose errors pass no layer: leave it out")
+            options = other.complete(values.get("rule_options", {}))
+            return values | _WITHOUT_SOLVER | {"rule_options": options, "feedback": parts}
+        if values.get("rule_options"):
+            raise ValueError(f"rule_options are of the rules {', '.join(OTHERS)}: leave them out with rule {rule!r}")
         frozen = values.get("frozen") or Frozen()
         frozen = frozen if isinstance(frozen, Frozen) else Frozen(**frozen)
         name = values.get("solver") or default_solver(frozen)
@@ -105,9 +117,6 @@ class RunConfig(BaseModel):
         papers = {name: value for name, value in PAPERS_STEPS.items() if name in kind.__dataclass_fields__}
         solver = kind(**papers | given)
         check_together(solver, values.get("vertices", "activations"), frozen)
-        parts = values.get("feedback", {})
-        if isinstance(parts, dict):  # their order is that of the random draws
-            parts = {part: parts[part] for part in sorted(parts) if parts[part] != "symmetric"}
         return values | {"solver": name, "solver_options": vars(solver), "frozen": frozen, "feedback": parts}
 
     def build_solver(self) -> Solver:
@@ -120,7 +129,7 @@ class RunConfig(BaseModel):
         # What is not used is not mentioned, so that a new switch leaves the runs without it their names.
         added = (
             "feedback", "dropped", "signed_inputs", "convolutional_factor", "alignment_every", "vertices", "loss",
-            "optimizer", "initial", "precision", "threads",
+            "optimizer", "initial", "precision", "threads", "rule_options", "validation", "enlarged",
         )  # fmt: skip
         fields = type(self).model_fields
         unused = {name for name in added if getattr(self, name) == fields[name].get_default(call_default_factory=True)}

@@ -1,7 +1,7 @@
 """The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
 
-May import: public names, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files, lab.models, lab.results,
-lab.store.
+May import: public names, rule, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files, lab.models,
+lab.results, lab.rules, lab.store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from relaxprop import (
     certificate,
     describe_locality,
     feedback_alignment,
+    mirror_weights,
 )
 from relaxprop.lab import models
 from relaxprop.lab.checkpoint import kept_checkpoint
@@ -34,7 +36,9 @@ from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.distributed import ALONE, Group, this_group
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import AlignmentSample, EpochMetrics
+from relaxprop.lab.rules import OTHERS, LossFunction, called, wrap
 from relaxprop.lab.store import Opened, Record
+from relaxprop.rule import LearningRule
 
 OnEpoch = Callable[[EpochMetrics], None]
 
@@ -94,6 +98,10 @@ def epochs(
         OutputError: if the run's folder cannot be written, or is damaged.
         NonFiniteStateError: if the relaxation diverged; the epochs before it are kept.
     """
+    if config.validation:
+        dataset = dataset.held_out(config.validation)
+    if config.enlarged > 1:
+        dataset = dataset.enlarged(config.enlarged)
     if not min(kept_samples(len(split), config) for split in (dataset.train, dataset.test)):
         raise DataError(
             f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
@@ -121,20 +129,14 @@ def epochs(
             opened.checkpoint.load_into(model, optimizer)
         dataset = dataset.to(device, models.memory_format(config.model))
         trained: nn.Module = model
-        if config.rule == "ar":
-            trained = wrapped = ActivationRelaxation(
-                model,
-                solver=config.build_solver(),
-                vertices=config.vertices,
-                initial=config.initial,
-                frozen=config.frozen,
-                check_finite=check_finite,
-            )
+        if config.rule != "backprop":
+            trained = wrapped = wrapped_by(config, model, check_finite=check_finite)
             if record is not None and group.is_first:
                 few = dataset.train.images[:2]
+                linear = config.frozen.relaxation_derivative
                 record.save_reports(
                     describe_locality(wrapped, few) if config.vertices != "operations" else None,
-                    certificate(wrapped, few) if config.frozen.relaxation_derivative else None,
+                    certificate(wrapped, few) if isinstance(wrapped, ActivationRelaxation) and linear else None,
                 )
         trained = group.spread(trained)
         found = list(opened.metrics)
@@ -158,6 +160,22 @@ def epochs(
             if record is not None and group.is_first:
                 record.save(found, model, optimizer)
             yield metrics, True
+
+
+def wrapped_by(config: RunConfig, model: nn.Module, *, check_finite: bool = True) -> LearningRule:
+    """The network, trained by the learning rule that the description names; backpropagation is no wrapper."""
+    if config.rule in OTHERS:
+        loss_fn = measured_by(config)
+        common = {"vertices": config.vertices, "check_finite": check_finite}
+        return wrap(config.rule, model, config.rule_options, loss_fn, seed=config.seed, **common)
+    return ActivationRelaxation(
+        model,
+        solver=config.build_solver(),
+        vertices=config.vertices,
+        initial=config.initial,
+        frozen=config.frozen,
+        check_finite=check_finite,
+    )
 
 
 @contextmanager
@@ -230,22 +248,26 @@ def train_epoch(
     labels = dataset.train.labels
     squared = config.loss == "squared-error"
     targets = functional.one_hot(labels, len(dataset.classes)).to(dataset.train.images.dtype) if squared else labels
-    measure = LOSSES[config.loss]
+    measure = measured_by(config)
+    mirrors = "mirror" in config.feedback.values()
     total = torch.zeros((), dtype=torch.float64, device=targets.device)
     count = 0
-    relaxed = model.module if group.size > 1 else model
+    relaxed: Any = model.module if group.size > 1 else model
     for i, rows in enumerate(minibatches(len(dataset.train), config, epoch)):
-        if config.alignment_every and i % config.alignment_every == 0 and isinstance(relaxed, ActivationRelaxation):
+        if config.alignment_every and i % config.alignment_every == 0 and isinstance(relaxed, LearningRule):
             index = rows.to(targets.device)
             epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
             with autocast(config.precision, index.device):
-                sample = _measure_alignment(relaxed, measure, dataset.train.images[index], targets[index], epochs)
+                more, loss_of = called(config.rule, measure, targets[index], labels[index])
+                sample = _measure_alignment(relaxed, loss_of, dataset.train.images[index], more, epochs)
             on_alignment(sample)
         index = group.share(rows).to(targets.device)
-        inputs, wanted = dataset.train.images[index], targets[index]
+        if mirrors:
+            mirror_weights(relaxed)
+        more, loss_of = called(config.rule, measure, targets[index], labels[index])
         with autocast(config.precision, index.device):
-            output = model(inputs)
-        loss = measure(output.float() if config.precision != "fp32" else output, wanted)
+            output = model(dataset.train.images[index], **more)
+        loss = loss_of(output)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -261,10 +283,10 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def _measure_alignment(
-    model: ActivationRelaxation, measure: LossFunction, inputs: Tensor, targets: Tensor, epochs: float
+    model: LearningRule, loss_of: Callable[[Any], Tensor], inputs: Tensor, more: dict[str, Any], epochs: float
 ) -> AlignmentSample:
     start = time.perf_counter()
-    gradients = alignment(model, lambda output: measure(output, targets), inputs)
+    gradients = alignment(model, loss_of, inputs, **more)
     feedback = feedback_alignment(model)
     return AlignmentSample(
         epochs=epochs,
@@ -284,7 +306,16 @@ def cross_entropy(output: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(output, labels, reduction="sum")
 
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+def measured_by(config: RunConfig) -> LossFunction:
+    """The loss of a description, taken in float32 whatever the precision of the network."""
+    measure = LOSSES[config.loss]
+    return measure if config.precision == "fp32" else partial(_in_float32, measure)
+
+
+def _in_float32(measure: LossFunction, output: Tensor, wanted: Tensor) -> Tensor:
+    return measure(output.float(), wanted)
+
+
 LOSSES: dict[Loss, LossFunction] = {"squared-error": squared_error, "cross-entropy": cross_entropy}
 OPTIMIZERS: dict[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,

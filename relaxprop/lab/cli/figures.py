@@ -1,7 +1,7 @@
 """Make figures' tables and plots again from kept records, and say what their claims would take.
 
-May import: lab.cli.options, lab.cli.records, lab.cli.settings, lab.experiments.records, lab.files, lab.records,
-lab.report.claims, lab.report.figures, lab.stats.
+May import: lab.cli.options, lab.cli.records, lab.cli.settings, lab.experiments.records, lab.experiments.rules,
+lab.files, lab.records, lab.report.claims, lab.report.figures, lab.stats.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import typer
 from relaxprop.lab.cli.options import console, print_paths, print_table
 from relaxprop.lab.cli.records import MarginOption, check_fraction
 from relaxprop.lab.cli.settings import DataDirOption, load_dataset
+from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.records import complete
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.records import RECORDS
@@ -64,6 +65,11 @@ def table(
     Records older than this command lack the accuracy at chance: they are completed once, from the data set.
     """
     for folder in folders:
+        if rules.is_of_rivals(folder):
+            rivals, paths = rules.write_rivals(folder)
+            print_rivals(rivals)
+            print_paths(paths)
+            continue
         complete(_with_records(folder), lambda name: load_dataset(name, data_dir))
         figure, paths = write_figure(folder)
         print_figure(figure)
@@ -81,6 +87,16 @@ def print_figure(figure: Figure) -> None:
     if beside := beside_table(figure.rows):
         print_table("beside the paper's text", BESIDE, beside)
     for note in figure.notes:
+        console.print(note, soft_wrap=True, highlight=False)
+
+
+def print_rivals(found: rules.Rivals) -> None:
+    """The table of the learning rules in two, as a terminal is narrow."""
+    shown, width = rules.cells(found.rows), 6
+    print_table(f"{rules.TITLE}: {found.about}", rules.COLUMNS[:width], [cell[:width] for cell in shown])
+    rest = [(cell[0], *cell[width:]) for cell in shown]
+    print_table("what it takes", (rules.COLUMNS[0], *rules.COLUMNS[width:]), rest)
+    for note in found.notes:
         console.print(note, soft_wrap=True, highlight=False)
 
 

@@ -1,20 +1,21 @@
 """Compute an experiment of the paper.
 
-May import: recording, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress, lab.cli.settings, lab.data,
-lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions, lab.experiments.convergence,
-lab.experiments.gathered, lab.experiments.paper, lab.experiments.records, lab.report.html, lab.report.logs.
+May import: recording, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress, lab.cli.settings,
+lab.config, lab.data, lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions,
+lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper, lab.experiments.records,
+lab.experiments.rules, lab.report.html, lab.report.logs, lab.results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, ThreadsOption, WorkersOption, find_engine
-from relaxprop.lab.cli.figures import print_figure
+from relaxprop.lab.cli.figures import print_figure, print_rivals
 from relaxprop.lab.cli.options import (
     RunsOption,
     print_paths,
@@ -37,10 +38,12 @@ from relaxprop.lab.cli.settings import (
     find_logs,
     load_dataset,
 )
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import Engine, EpochDone, Event
+from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.conditions import Experiment, condition_runs, in_version
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.gathered import gather
@@ -48,17 +51,27 @@ from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
 from relaxprop.lab.experiments.records import write_conditions
 from relaxprop.lab.report.html import write_report
 from relaxprop.lab.report.logs import Tool, logs
+from relaxprop.lab.results import FinishedRun
 from relaxprop.recording import InitialState
 
 
 def _defaults(field: str) -> str:
     """Of the experiments, for a help text."""
-    return ", ".join(f"{name}: {getattr(e, field)}" for name, e in EXPERIMENTS.items())
+    known = {name: getattr(e, field) for name, e in EXPERIMENTS.items()}
+    return ", ".join(f"{name}: {value}" for name, value in (known | {"rules": _OF_RULES[field]}).items())
+
+
+_OF_RULES = {"seeds": rules.SEEDS, "epochs": rules.EPOCHS}
+
+
+def _titles() -> dict[str, str]:
+    return {name: e.title for name, e in EXPERIMENTS.items()} | {"rules": rules.TITLE}
 
 
 def reproduce(
     figure: Annotated[
-        FigureName, typer.Argument(help="; ".join(f"{name}: {e.title}" for name, e in EXPERIMENTS.items()))
+        Literal[FigureName, "rules"],
+        typer.Argument(help="; ".join(f"{name}: {title}" for name, title in _titles().items())),
     ],
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help=f"{DATA_HELP} (default: the figure's)")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help=f"Number of seeds. ({_defaults('seeds')})")] = None,
@@ -107,6 +120,25 @@ def reproduce(
     find_device(device)
     tools = find_logs(log)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
+    if figure == "rules":
+        unused = {
+            "--as-coded": as_coded,
+            "--initial": initial != "feedforward",
+            "--beside": beside,
+            "--alignment-every": alignment_every,
+        }
+        for flag, given in unused.items():
+            if given:
+                raise typer.BadParameter("it has no effect on reproduce rules, leave it out", param_hint=flag)
+        with usage_errors("reproduce"):
+            rules.check_names(condition or ())
+        folder = out or Path("figures") / f"rules-{dataset or 'digits'}"
+        data = load_dataset(
+            dataset or "digits", data_dir, runs, *(folder / model for model in rules.MODELS),
+            image_column=image_column, label_column=label_column, colour=colour,
+        )  # fmt: skip
+        _reproduce_rules(data, seeds, epochs, condition or (), runs, folder, device, threads, chosen, tools)
+        return
     with usage_errors("--beside"):
         experiment = in_version(EXPERIMENTS[figure], as_coded=as_coded, initial=initial, beside=beside)
     names = [dataset] if dataset is not None else list(experiment.conditions)
@@ -160,6 +192,65 @@ def _reproduce(
     names = [name for name, _ in planned]
     configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
     labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
+    results = _computed(configs, labels, loaded, runs, device, engine, tools)
+    shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
+    if figure == "demo":
+        curves = convergence_by_step_size(loaded)
+        paths += write_convergence(curves, loaded.title, folder, this_command())
+        found = gather([*(runs / config.id for config in configs), folder])
+        paths.append(write_report(found, folder / "report.html"))
+    print_figure(shown)
+    print_paths(paths)
+
+
+def _reproduce_rules(
+    loaded: Dataset,
+    seeds: int | None,
+    epochs: int | None,
+    only: Sequence[str],
+    runs: Path,
+    folder: Path,
+    device: str,
+    threads: int,
+    engine: Engine,
+    tools: list[Tool],
+) -> None:
+    """Every learning rule on one data set, on two networks."""
+
+    def compute(names: Sequence[str], configs: Sequence[RunConfig]) -> list[FinishedRun]:
+        labels = {
+            config.id: f"{name}, rate {config.learning_rate:g}, {'held out' if config.validation else 'test'}, "
+            f"seed {config.seed}"
+            for name, config in zip(names, configs, strict=True)
+        }
+        return _computed(configs, labels, loaded, runs, device, engine, tools)
+
+    for model in rules.MODELS:
+        found, paths = rules.compare_rivals(
+            model,
+            loaded,
+            compute,
+            seeds=seeds or rules.SEEDS,
+            epochs=epochs or rules.EPOCHS,
+            only=only,
+            threads=threads,
+            folder=folder / model,
+            command=this_command(),
+        )
+        print_rivals(found)
+        print_paths(paths)
+
+
+def _computed(
+    configs: Sequence[RunConfig],
+    labels: dict[str, str],
+    loaded: Dataset,
+    runs: Path,
+    device: str,
+    engine: Engine,
+    tools: list[Tool],
+) -> list[FinishedRun]:
+    """The runs' metrics; what is finished is in their folder."""
     kept = f"finished epochs are in {runs}, and the same command goes on from there"
     by_id = {config.id: config for config in configs}
     with says_what_is_kept(kept), GridProgress(configs, labels) as progress, logs(tools, by_id, runs) as tell:
@@ -169,12 +260,4 @@ def _reproduce(
             if isinstance(event, EpochDone) and event.computed:
                 tell(event.run, event.metrics)
 
-        results = run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=on_event)
-    shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
-    if figure == "demo":
-        curves = convergence_by_step_size(loaded)
-        paths += write_convergence(curves, loaded.title, folder, this_command())
-        found = gather([*(runs / config.id for config in configs), folder])
-        paths.append(write_report(found, folder / "report.html"))
-    print_figure(shown)
-    print_paths(paths)
+        return run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=on_event)

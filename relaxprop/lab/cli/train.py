@@ -1,7 +1,8 @@
 """Train one network.
 
-May import: public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options, lab.cli.settings,
-lab.config, lab.distributed, lab.experiments.conditions, lab.report.logs, lab.results, lab.training.
+May import: feedback, public names, recording, solvers, transients, vertices, lab.cli.engines, lab.cli.options,
+lab.cli.settings, lab.config, lab.distributed, lab.experiments.conditions, lab.report.logs, lab.results, lab.rules,
+lab.training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 from relaxprop import (
     Frozen,
 )
+from relaxprop.feedback import RULES
 from relaxprop.lab.cli.engines import ThreadsOption
 from relaxprop.lab.cli.options import (
     RunsOption,
@@ -41,11 +43,12 @@ from relaxprop.lab.cli.settings import (
     find_logs,
     load_dataset,
 )
-from relaxprop.lab.config import Loss, OptimizerName, Precision, Rule, RunConfig, default_solver
+from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig, default_solver
 from relaxprop.lab.distributed import joined
 from relaxprop.lab.experiments.conditions import as_the_code_has_it
 from relaxprop.lab.report.logs import logs
 from relaxprop.lab.results import EpochMetrics
+from relaxprop.lab.rules import OTHERS, Rule
 from relaxprop.lab.training import train as train_network
 from relaxprop.recording import InitialState
 from relaxprop.solvers import SOLVERS
@@ -68,20 +71,28 @@ def _known_solver(name: str | None) -> str | None:
     return name
 
 
-def _solver_option(field: str, what: str) -> Any:
-    """An option of those solvers that have it, with their default."""
+def _solver_option(field: str, what: str, rules: str = "") -> Any:
+    """An option of those solvers that have it, with their default, and of other rules."""
     takers = {
         name: kind.__dataclass_fields__[field] for name, kind in SOLVERS.items() if field in kind.__dataclass_fields__
     }
     default = next(iter(takers.values())).default
     shown = "" if default is None else f" (default: {default})"
-    return typer.Option(help=f"{what}; {', '.join(takers)}.{shown}")
+    others = f"; --rule {rules}" if rules else ""
+    return typer.Option(help=f"{what}; {', '.join(takers)}{others}.{shown}")
 
 
 def train(
     dataset: DatasetOption = "digits",
     model: ModelOption = "mlp",
-    rule: Annotated[Rule, typer.Option(help="Activation Relaxation, or the same loop without it.")] = "ar",
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            help="ar: Activation Relaxation; backprop: the same loop without it; "
+            + "; ".join(f"{name}: {other.title}" for name, other in OTHERS.items())
+            + "."
+        ),
+    ] = "ar",
     solver: Annotated[
         str | None,
         typer.Option(
@@ -91,11 +102,18 @@ def train(
             "derivative is unfrozen)",
         ),
     ] = None,
-    step_size: Annotated[float | None, _solver_option("step_size", "η in (0, 2)")] = None,
-    num_steps: Annotated[int | None, _solver_option("num_steps", "Relaxation steps")] = None,
+    step_size: Annotated[float | None, _solver_option("step_size", "η in (0, 2)", "pc, ep")] = None,
+    num_steps: Annotated[int | None, _solver_option("num_steps", "Relaxation steps", "pc, ep")] = None,
     order: Annotated[Order | None, _solver_option("order", "Order of updates; asynchronous: euler only")] = None,
     tolerance: Annotated[float | None, _solver_option("tolerance", "Stop early at this residual")] = None,
     duration: Annotated[float | None, _solver_option("duration", "Time T")] = None,
+    beta: Annotated[float | None, typer.Option(help="β > 0, the nudge of --rule ep. (default: 0.01)")] = None,
+    centred: Annotated[
+        bool | None, typer.Option("--centred/--one-sided", help="Phases of --rule ep. (default: centred)")
+    ] = None,
+    std: Annotated[
+        float | None, typer.Option(help="Of the feedback of --rule dfa and drtp. (default: 0.05, as the weights)")
+    ] = None,
     unfreeze: Annotated[
         list[Quantity] | None,
         typer.Option(help="Take it at the current states, not from the feedforward pass; repeat it for several."),
@@ -104,7 +122,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="[PART=]RULE",
-            help="Backwards weights: learned, random or sign; of a part (convolutional, fully_connected) or of all.",
+            help=f"Backwards weights: {', '.join(RULES[:-1])}; of a part (convolutional, fully_connected) or of all.",
         ),
     ] = None,
     drop_derivatives: Annotated[
@@ -151,6 +169,9 @@ def train(
         "order": order,
         "tolerance": tolerance,
         "duration": duration,
+        "beta": beta,
+        "centred": centred,
+        "std": std,
     }
     config = _run_config(
         {name: value for name, value in options.items() if value is not None},
@@ -213,34 +234,43 @@ def _run_config(
         "--vertices": values["vertices"] != "activations",
         "--initial": values["initial"] != "feedforward",
     }
+    other = OTHERS.get(values["rule"])
+    used = {"--feedback", "--drop-derivatives", "--alignment-every", "--vertices"} if other else given_flags.keys()
+    if other and not other.transports:
+        used -= {"--feedback"}
     for flag, given in given_flags.items():
-        if values["rule"] == "backprop" and given:
-            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+        if given and (values["rule"] == "backprop" or flag not in used):
+            raise typer.BadParameter(f"it has no effect with --rule {values['rule']}, leave it out", param_hint=flag)
     with usage_errors("--unfreeze"):
         frozen = Frozen(**{quantity.name: False for quantity in unfreeze})
     values |= {"solver": solver or default_solver(frozen), "frozen": frozen}
     kind = SOLVERS[values["solver"]]
-    known = kind.__dataclass_fields__
+    known = other.options if other else list(kind.__dataclass_fields__)
     for name in solver_options:
-        flag = f"--{name.replace('_', '-')}"
-        if values["rule"] == "backprop":
-            raise typer.BadParameter("it has no effect with --rule backprop, leave it out", param_hint=flag)
+        flag = "--centred/--one-sided" if name == "centred" else f"--{name.replace('_', '-')}"
+        if values["rule"] == "backprop" or (name not in known and (other or name in _OF_RULES)):
+            raise typer.BadParameter(f"it has no effect with --rule {values['rule']}, leave it out", param_hint=flag)
         if name not in known:
             raise typer.BadParameter(
                 f"it has no effect with --solver {values['solver']}, leave it out", param_hint=flag
             )
     try:
-        kind(**solver_options)
+        other.complete(solver_options) if other else kind(**solver_options)
     except (TypeError, ValueError) as error:  # its first word is the option's name
         flag = f"--{str(error).split()[0].replace('_', '-')}"
         raise typer.BadParameter(spoken(str(error)), param_hint=flag) from error
-    values["solver_options"] = solver_options
+    values["rule_options" if other else "solver_options"] = solver_options
     if as_coded:
         coded = as_the_code_has_it(values)
         # Its order of updates is that of the steps, which not every solver takes.
-        values = coded if "order" in known else coded | {"solver_options": solver_options}
+        values = coded if "order" in known else coded | {"solver_options": {} if other else solver_options}
     with usage_errors("--solver or --vertices"):
         return RunConfig(**values)
+
+
+_OF_RULES = {name for other in OTHERS.values() for name in other.options} - {
+    name for kind in SOLVERS.values() for name in kind.__dataclass_fields__
+}
 
 
 def _by_part(options: Sequence[str] | None, flag: str) -> dict[str, str]:

@@ -102,6 +102,34 @@ class Dataset:
                 content.update(tensor.cpu().numpy().tobytes())
         return content.hexdigest()[:10]
 
+    def held_out(self, count: int) -> Dataset:
+        """So many of the training images, always the same ones, in the test images' place, and the others to train on.
+
+        Raises:
+            DataError: if none would be left to train on.
+        """
+        if not 0 < count < len(self.train):
+            raise DataError(f"{count} of {len(self.train)} training images of {self.name} cannot be held out")
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        train, test = (
+            Split(self.train.images[rows], self.train.labels[rows]) for rows in (order[count:], order[:count])
+        )
+        return Dataset(self.name, self.classes, train, test)
+
+    def enlarged(self, factor: int) -> Dataset:
+        """The same with every pixel repeated so many times in height and in width.
+
+        Raises:
+            DataError: if it is a text.
+        """
+        if not self.is_images:
+            raise DataError(f"{self.name} is a text, which has no pixels to repeat")
+        train, test = (
+            Split(split.images.repeat_interleave(factor, -1).repeat_interleave(factor, -2), split.labels)
+            for split in (self.train, self.test)
+        )
+        return Dataset(self.name, self.classes, train, test)
+
     def signed(self) -> Dataset:
         """The same with inputs in [−1, 1], as the authors' code has them for its CNN."""
         train, test = (Split(2 * split.images - 1, split.labels) for split in (self.train, self.test))

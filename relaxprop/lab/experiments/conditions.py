@@ -1,6 +1,6 @@
 """An experiment: conditions side by side, from the same start and on the same minibatches; the runs that it is.
 
-May import: feedback, frozen, public names, recording, lab.config, lab.models, lab.results.
+May import: feedback, frozen, public names, recording, lab.config, lab.models, lab.results, lab.rules.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from relaxprop import (
 )
 from relaxprop.feedback import FeedbackRule
 from relaxprop.frozen import ALL_FROZEN
-from relaxprop.lab.config import Rule, RunConfig
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.models import Dropped, ModelName, Part
 from relaxprop.lab.results import BASELINE, REFERENCE, Compared
+from relaxprop.lab.rules import Rule
 from relaxprop.recording import InitialState
 
 

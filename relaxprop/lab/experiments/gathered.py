@@ -4,7 +4,7 @@ Runs that differ only in what a condition changes stand side by side: they make 
 experiment of the paper, its conditions lend them their titles and claims.
 
 May import: lab.config, lab.data, lab.experiments.conditions, lab.experiments.paper, lab.files, lab.report.claims,
-lab.report.figures, lab.report.findings, lab.results, lab.stats, lab.store.
+lab.report.figures, lab.report.findings, lab.results, lab.rules, lab.stats, lab.store.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from relaxprop.lab.report.findings import (
     RunRecord,
 )
 from relaxprop.lab.results import BASELINE, REFERENCE, AlignmentCurves, FinishedRun, Head
+from relaxprop.lab.rules import OTHERS
 from relaxprop.lab.stats import Mean, is_tested, region, seeds_to_decide, verdict
 from relaxprop.lab.store import read_lines, read_run
 
@@ -67,7 +68,7 @@ KNOWN = {
     "6447a57ab3": _known("svhn", 5000, 2136, 406),
 }
 # What a condition changes; the other fields of a description are the same in all runs of a figure.
-CHANGED = ("rule", "solver", "solver_options", "vertices", "initial", "frozen", "feedback", "dropped")
+CHANGED = ("rule", "solver", "solver_options", "rule_options", "vertices", "initial", "frozen", "feedback", "dropped")
 NOT_COMPARED = ("seed", "alignment_every")
 
 
@@ -260,6 +261,9 @@ def _described(config: RunConfig) -> str:
     if config.rule == "backprop":
         return BASELINES[REFERENCE].title
     default = RunConfig()
+    if config.rule in OTHERS:
+        told = [f"{name} {value:g}" for name, value in config.rule_options.items() if isinstance(value, float)]
+        return ", ".join([OTHERS[config.rule].title.capitalize(), *told])
     parts = [BASELINES[BASELINE].title]
     if (config.solver, config.solver_options) != (default.solver, default.solver_options):
         parts.append(str(config.build_solver()))

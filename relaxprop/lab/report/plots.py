@@ -199,6 +199,25 @@ def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
     return _save(figure, path)
 
 
+def accuracy_by_cost(points: Mapping[str, tuple[float, Mean]], title: str, path: Path) -> Path:
+    """Test accuracy, mean over seeds with its standard error, against the time of an epoch over backpropagation's."""
+    figure = _figure(8, 5.5)
+    axes = figure.subplots()
+    markers = "osD^v<>P"
+    for i, (label, (cost, accuracy)) in enumerate(points.items()):
+        error = 100 * accuracy.standard_error if accuracy.n > 1 else None
+        axes.errorbar(
+            cost, 100 * accuracy.mean, yerr=error, fmt=markers[i // len(COLOURS) % len(markers)],
+            color=COLOURS[i % len(COLOURS)], label=label, capsize=3,
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="time of an epoch over backpropagation's", ylabel="test accuracy (%)")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

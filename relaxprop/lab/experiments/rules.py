@@ -1,0 +1,341 @@
+"""The rivals on the same network: every learning rule, and every rule of backwards weights, at its own learning rate.
+
+First each of them is trained once at every learning rate of a small grid, on four fifths of the training images, and
+the rate is taken at which it classifies the last fifth best. No test image is looked at for that. Then all are trained
+from the same starts and on the same minibatches, seed by seed.
+
+May import: public names, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
+lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.stats, lab.store, lab.training.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relaxprop import describe_locality
+from relaxprop.lab import models
+from relaxprop.lab.config import RunConfig
+from relaxprop.lab.data import Dataset
+from relaxprop.lab.experiments.conditions import Condition
+from relaxprop.lab.files import OutputError, write_atomically
+from relaxprop.lab.models import ModelName
+from relaxprop.lab.records import RECORDS
+from relaxprop.lab.report import plots
+from relaxprop.lab.report.figures import alignment_curves
+from relaxprop.lab.report.tables import markdown_table
+from relaxprop.lab.results import REFERENCE, Compared, FinishedRun, Head, RunLine
+from relaxprop.lab.stats import Mean, mean_over_seeds
+from relaxprop.lab.store import read_lines, write_lines
+from relaxprop.lab.training import wrapped_by
+
+TITLE = "the rivals on the same network"
+MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
+GRID = (0.0002, 0.0005, 0.001, 0.002, 0.004)  # learning rates on the summed squared error
+SEARCH_SEED = 1000  # none of the seeds that are compared
+HELD_OUT = 5  # one of so many training images
+SEARCH = "search.jsonl"
+STEPS = {"step_size": 0.2, "num_steps": 20}
+EPOCHS, SEEDS = 8, 5
+
+
+@dataclass(frozen=True)
+class Rival(Condition):
+    """A condition, and what its rule is told."""
+
+    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    versus: str = REFERENCE
+
+
+RIVALS: dict[str, Rival] = {
+    REFERENCE: Rival("Backpropagation", rule="backprop"),
+    "ar": Rival("Activation Relaxation"),
+    "fixed": Rival("predictive coding, fixed predictions", initial="zero"),
+    "pc": Rival("predictive coding, strict", rule="pc", rule_options=STEPS),
+    "ep": Rival("equilibrium propagation, centred", rule="ep", rule_options=STEPS | {"beta": 0.1}),
+    "FA": Rival("feedback alignment", feedback={"all": "random"}, claim="worse"),
+    "ψ": Rival("learned ψ", feedback={"all": "learned"}),
+    "mirror": Rival("weight mirror", feedback={"all": "mirror"}),
+    "uSF": Rival("signs of W, one magnitude", feedback={"all": "sign"}),
+    "frSF": Rival("signs of W, fixed magnitudes", feedback={"all": "fixed-sign"}),
+    "brSF": Rival("signs of W, magnitudes drawn anew", feedback={"all": "batch-sign"}),
+    "dfa": Rival("direct feedback alignment", rule="dfa", claim="worse"),
+    "drtp": Rival("direct random target projection", rule="drtp", claim="worse"),
+}
+
+
+def enlargement(model: str, dataset: Dataset) -> int:
+    """How often each pixel is repeated, so that the CNN's two convolutions find a place."""
+    return 1 if model == "mlp" else math.ceil(14 / min(dataset.image_shape[1:]))
+
+
+def search_runs(
+    model: ModelName, dataset: Dataset, *, epochs: int, only: Sequence[str] = (), threads: int = 1
+) -> list[tuple[str, RunConfig]]:
+    """The runs by which learning rates are chosen, with the names of their conditions."""
+    held_out = len(dataset.train) // HELD_OUT
+    return [
+        (name, _run(name, model, dataset, epochs, threads, SEARCH_SEED, rate, validation=held_out))
+        for name in _chosen(only)
+        for rate in GRID
+    ]
+
+
+def chosen_rates(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, float]:
+    """By condition, the learning rate with the highest accuracy on the held-out images; of equal ones, the smallest."""
+    best: dict[str, tuple[float, float]] = {}
+    for name, run in zip(names, runs, strict=True):
+        found = run.metrics[-1].test_accuracy, -run.config.learning_rate
+        best[name] = max(best.get(name, found), found)
+    return {name: -rate for name, (_, rate) in best.items()}
+
+
+def compared_runs(
+    model: ModelName, dataset: Dataset, rates: Mapping[str, float], *, seeds: int, epochs: int, threads: int = 1
+) -> list[tuple[str, RunConfig]]:
+    """The runs that are compared: per seed the same start and minibatches in all conditions."""
+    # Once at the beginning of each epoch.
+    once = {name: 0 if name == REFERENCE else len(dataset.train) for name in rates}
+    return [
+        (name, _run(name, model, dataset, epochs, threads, seed, rate, alignment_every=once[name]))
+        for seed in range(seeds)
+        for name, rate in rates.items()
+    ]
+
+
+def check_names(only: Sequence[str]) -> None:
+    """Refuse conditions that are not known.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if unknown := [name for name in only if name not in RIVALS]:
+        raise ValueError(f"condition must be one of {', '.join(RIVALS)}, got {unknown[0]!r}")
+
+
+def _chosen(only: Sequence[str]) -> list[str]:
+    check_names(only)
+    return [name for name in RIVALS if not only or name in only or name == REFERENCE]
+
+
+def _run(
+    name: str, model: ModelName, dataset: Dataset, epochs: int, threads: int, seed: int, rate: float, **more: Any
+) -> RunConfig:
+    rival = RIVALS[name]
+    return RunConfig(
+        dataset=dataset.name,
+        data=dataset.digest,
+        model=model,
+        rule=rival.rule,
+        rule_options=dict(rival.rule_options),
+        initial=rival.initial,
+        feedback=dict(rival.feedback),
+        seed=seed,
+        epochs=epochs,
+        enlarged=enlargement(model, dataset),
+        learning_rate=rate,
+        threads=threads,
+        **more,
+    )
+
+
+def not_local(config: RunConfig, dataset: Dataset) -> list[str]:
+    """The kinds of what is not local in the updates; backpropagation's are those of its states, found in one sweep."""
+    if config.rule == "backprop":
+        config = RunConfig(**config.model_dump() | {"rule": "ar", "solver": "equilibrium"})
+    dataset = dataset.enlarged(config.enlarged)
+    network = models.build(config.model, dataset, seed=0, feedback=config.feedback, dropped=config.dropped)
+    return sorted(describe_locality(wrapped_by(config, network), dataset.train.images[:2]).non_local)
+
+
+class Row(NamedTuple):
+    """One rule's results."""
+
+    name: str
+    title: str
+    accuracy: Mean
+    difference: Mean | None
+    alignment: Mean | None  # cosine to backpropagation's gradient at the last epoch's start, mean over weight matrices
+    first: Mean | None  # of these, that of the layer next to the input
+    not_local: Sequence[str]
+    rate: float
+    cost: float
+
+
+class Rivals(NamedTuple):
+    """What a file of records tells."""
+
+    about: str
+    rows: list[Row]
+    notes: list[str]
+
+
+def keep(
+    found: tuple[Sequence[str], Sequence[FinishedRun]],
+    searched: tuple[Sequence[str], Sequence[FinishedRun]],
+    dataset: Dataset,
+    folder: Path,
+    command: str,
+) -> None:
+    """Keeps the runs that were compared, and those by which their learning rates were chosen."""
+    for (names, runs), path in ((found, folder / RECORDS), (searched, folder / SEARCH)):
+        configs = {name: run.config for name, run in zip(names, runs, strict=True)}
+        head = Head(
+            command=command,
+            runs=len(runs),
+            experiment=TITLE,
+            dataset=dataset.title,
+            chance=dataset.chance,
+            conditions={n: Compared(RIVALS[n].title, RIVALS[n].claim, REFERENCE) for n in configs},
+            not_local={name: not_local(config, dataset) for name, config in configs.items()},  # type: ignore[call-arg]
+        )
+        write_lines(path, head, [RunLine.of(run, name) for run, name in zip(runs, names, strict=True)])
+
+
+def is_of_rivals(folder: Path) -> bool:
+    """Whether a folder's records are of this experiment."""
+    return (folder / SEARCH).exists()
+
+
+def read_rivals(folder: Path) -> Rivals:
+    """The table's rows, from the kept records alone.
+
+    Raises:
+        OutputError: the records cannot be read, are of another experiment, or cannot be paired.
+    """
+    head, conditions, runs = read_lines(folder / RECORDS)
+    extra = head.model_extra or {}
+    if head.experiment != TITLE or "not_local" not in extra:
+        raise OutputError(f"{folder / RECORDS} is of another experiment: {head.experiment}")
+    by_name: dict[str, dict[int, FinishedRun]] = {}
+    for name, run in zip(conditions, runs, strict=True):
+        by_name.setdefault(str(name), {})[run.config.seed] = run
+    reference = by_name.get(REFERENCE, {})
+    for name, own in by_name.items():
+        if own.keys() != reference.keys():
+            raise OutputError(f"{folder / RECORDS}: {name} and {REFERENCE} have not the same seeds")
+    rows = [
+        _row(name, head.conditions[name].title, own, reference, extra["not_local"][name])
+        for name, own in by_name.items()
+    ]
+    config = runs[0].config
+    n, epochs = len(reference), config.epochs
+    about = f"{head.dataset}, {config.model.upper()}, {epochs} epochs, n = {n} seed{'s' * (n > 1)}"
+    edges = [row.name for row in rows if row.rate in (min(GRID), max(GRID))]
+    notes = [
+        f"learning rate: of {', '.join(f'{rate:g}' for rate in GRID)}, the one with the highest accuracy on a fifth of "
+        f"the training images that was held out in a run of its own (seed {SEARCH_SEED})"
+        + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""),
+        "difference: of the final test accuracy to backpropagation's, seed by seed, with its 95 % interval",
+        "alignment: cosine to backpropagation's gradient on the first minibatch of the last epoch, mean over the "
+        "weight matrices, and that of the matrix next to the input",
+        "cost: median time of an epoch over backpropagation's",
+        f"chance: {100 * (head.chance or 0):.2f} %",
+    ]
+    if config.enlarged > 1:
+        notes.append(f"every pixel is repeated {config.enlarged} times in height and in width, as the CNN needs 14×14")
+    return Rivals(about, rows, notes)
+
+
+def _row(
+    name: str, title: str, own: Mapping[int, FinishedRun], reference: Mapping[int, FinishedRun], kinds: Sequence[str]
+) -> Row:
+    final = {seed: run.metrics[-1].test_accuracy for seed, run in own.items()}
+    exact = {seed: run.metrics[-1].test_accuracy for seed, run in reference.items()}
+    seconds, least = (
+        statistics.median(m.seconds for r in runs.values() for m in r.metrics) for runs in (own, reference)
+    )
+    measured = alignment_curves([name] * len(own), list(own.values())).get(name)
+    weights = [] if measured is None else [c for n, c in measured.gradients.items() if n.endswith("weight")]
+    by_seed = [
+        [cosine for n, cosine in run.metrics[-1].alignment[-1].gradients.items() if n.endswith("weight")]
+        for run in own.values()
+        if run.metrics[-1].alignment
+    ]
+    return Row(
+        name=name,
+        title=title,
+        accuracy=mean_over_seeds(list(final.values())),
+        difference=None if name == REFERENCE else mean_over_seeds([final[s] - exact[s] for s in exact]),
+        alignment=mean_over_seeds([statistics.fmean(cosines) for cosines in by_seed]) if by_seed else None,
+        first=weights[0].cosines[-1] if weights else None,
+        not_local=kinds,
+        rate=next(iter(own.values())).config.learning_rate,
+        cost=seconds / least,
+    )
+
+
+COLUMNS = (
+    "rule", "test accuracy (%)", "difference (points)", "95 % interval", "alignment", "first layer", "not local",
+    "learning rate", "cost",
+)  # fmt: skip
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table under ``COLUMNS``."""
+    return [
+        (
+            row.title,
+            str(row.accuracy),
+            str(row.difference or ""),
+            _interval(row.difference),
+            "" if row.alignment is None else f"{row.alignment.mean:.2f}",
+            "" if row.first is None else f"{row.first.mean:.2f}",
+            ", ".join(row.not_local),
+            f"{row.rate:g}",
+            f"{row.cost:.1f}×",
+        )
+        for row in rows
+    ]
+
+
+def _interval(difference: Mean | None) -> str:
+    if difference is None or difference.n == 1:
+        return ""
+    low, high = difference.interval
+    return f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:
+    """Makes the table and the figure from the records; gives what they show, and the files."""
+    rivals = read_rivals(folder)
+    listed = "".join(f"* {note}\n" for note in rivals.notes)
+    write_atomically(folder / "table.md", f"{markdown_table(COLUMNS, cells(rivals.rows))}\n{rivals.about}\n\n{listed}")
+    points = {row.title: (row.cost, row.accuracy) for row in rivals.rows}
+    drawn = plots.accuracy_by_cost(points, f"{TITLE}\n{rivals.about}", folder / "accuracy-by-cost.png")
+    return rivals, [folder / name for name in ("table.md", RECORDS, SEARCH)] + [drawn]
+
+
+Compute = Callable[[Sequence[str], Sequence[RunConfig]], list[FinishedRun]]
+
+
+def compare_rivals(
+    model: ModelName,
+    dataset: Dataset,
+    compute: Compute,
+    *,
+    seeds: int,
+    epochs: int,
+    only: Sequence[str],
+    threads: int,
+    folder: Path,
+    command: str,
+) -> tuple[Rivals, list[Path]]:
+    """Both parts of the experiment on one network.
+
+    Args:
+        compute: gives the metrics of runs, whose conditions it is told.
+    """
+    searched = search_runs(model, dataset, epochs=epochs, only=only, threads=threads)
+    search_names = [name for name, _ in searched]
+    search = compute(search_names, [config for _, config in searched])
+    rates = chosen_rates(search_names, search)
+    planned = compared_runs(model, dataset, rates, seeds=seeds, epochs=epochs, threads=threads)
+    names = [name for name, _ in planned]
+    found = compute(names, [config for _, config in planned])
+    keep((names, found), (search_names, search), dataset, folder, command)
+    return write_rivals(folder)
