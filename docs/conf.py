@@ -43,6 +43,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 nb_execution_timeout = 120
 nb_output_stderr = "remove-warn"  # with -W, a notebook that writes a warning ends the build
 
