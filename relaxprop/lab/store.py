@@ -109,6 +109,13 @@ class Record:
                 path.unlink()  # before it is released: whoever waits for it sees that it is another file's
             lock.release()
 
+    def tidy(self) -> None:
+        """Removes what a process that was killed after the last epoch has left of a finished run."""
+        if (self.path / "lock").exists() or any(self.path.glob(".*")):
+            with suppress(OSError), FileLock(self.path / "lock", timeout=0):  # else another process is there just now
+                remove_partial(self.path)
+                (self.path / "lock").unlink()
+
     def finished_epochs(self, *, verify: bool = True) -> list[EpochMetrics]:
         """The metrics of the epochs that are done: all of a finished run, else those whose weights are kept.
 

@@ -113,6 +113,8 @@ def epochs(
     finished = record.finished_epochs() if record is not None and group.is_first else []
     if group.agreed(len(finished)) >= config.epochs:
         finished = finished if record is None or group.is_first else record.finished_epochs()
+        if record is not None and group.is_first:
+            record.tidy()
         yield from ((metrics, False) for metrics in finished[: config.epochs])
         return
     if not dataset.is_images and config.loss == "squared-error":

@@ -108,7 +108,12 @@ def main() -> None:
                 if process.wait() != -signal.SIGKILL:
                     break
             grids += 1
-            differing += not (process.returncode == 0 and found(folder) == expected)
+            came = found(folder)
+            if process.returncode or came != expected:
+                differing += 1
+                print(
+                    f"status {process.returncode}", {r: came[r] for r in came if came[r] != expected.get(r)}, flush=True
+                )
             print(f"{sum(kills.values())} kills, {grids} grids, {differing} of them differ", flush=True)
     outcome = {
         "command": shlex.join(["python", *sys.argv]),

@@ -122,6 +122,15 @@ def test_a_killed_workers_run_is_taken_up_again(
         assert "was killed by SIGKILL: the run is taken up again from its checkpoint" in caplog.text
 
 
+def test_what_was_left_of_a_finished_run_is_removed(digits: Dataset, tmp_path: Path) -> None:
+    """As by a worker that was killed between the last epoch and the end of its run."""
+    found = run_all(GRID[:1], digits, root=tmp_path)
+    (tmp_path / GRID[0].id / "lock").write_text("process 1 on a machine")
+    (tmp_path / GRID[0].id / ".metrics.jsonl.1.partial").touch()
+    assert results(run_all(GRID[:1], digits, root=tmp_path)) == results(found)
+    assert left(tmp_path) == FILES
+
+
 def _die(job: Job, dataset: Dataset) -> Iterator[Event]:
     yield Started(job.config.id)
     if job.config.seed == 1:
