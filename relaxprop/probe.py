@@ -93,7 +93,7 @@ def _why_not(update: Update, driven: Sequence[Tensor | None], unit: float) -> st
         kept = [x.clone() for x in given]
         graph.drive_outputs(cotangents)
         found = _product(update, pushed)
-        if any(not torch.equal(_values(a), _values(b)) for a, b in zip(given, kept, strict=True)):
+        if not all(_same(_values(a), _values(b)) for a, b in zip(given, kept, strict=True)):
             return "writes into the gradient that it is given"
         found = tuple([None if x is None else x / factor for x in found])  # copies, as they may be written to
         if first and not all(_equal(a, b) for a, b in zip(first, found, strict=True)):
@@ -150,12 +150,17 @@ def _values(x: Tensor) -> Tensor:
     return x.values() if x.is_nested else x
 
 
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether nothing was written: what was not a number before may stay so."""
+    return torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all()))
+
+
 def _put_back(tensor: Tensor, gradient: Tensor | None, value: Tensor | None) -> bool:
     """Whether there was something to put back."""
     if gradient is None or value is None:
         changed = tensor.grad is not None
     else:
-        changed = tensor.grad is not gradient or not torch.equal(_values(gradient), _values(value))
+        changed = tensor.grad is not gradient or not _same(_values(gradient), _values(value))
     if changed:
         tensor.grad = gradient
         if gradient is not None and value is not None:

@@ -1,6 +1,7 @@
 """The wrapper in the life of a PyTorch user: what works with a plain module works with a wrapped one."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +48,21 @@ def test_gradients_accumulate(solver: Solver) -> None:
             backward(squares(model(x)))
 
     both(*twins(solver, 4, 5, 5, 2), use)
+
+
+@every_solver
+def test_a_gradient_that_was_no_number_before_is_not_taken_for_a_hooks_doing(solver: Solver) -> None:
+    """After a step that went wrong, without zero_grad()."""
+    plain, model = twins(solver, 4, 5, 5, 2)
+    x = torch.randn(2, 4).double()
+    for network in (plain, model):
+        first = next(network.parameters())
+        first.grad = torch.full_like(first, math.nan)
+        backward(squares(network(x)))
+        assert first.grad is not None
+        assert first.grad.isnan().all()
+        first.grad = None
+    assert_same_gradients(of_parameters(model.module), of_parameters(plain))
 
 
 @two_solvers
