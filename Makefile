@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip with the constraints file, for what is installed and for what builds the project: every version stands there.
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test docs test-cluster test-crash test-integrations test-torch clean
+.PHONY: demo test docs test-cluster test-crash test-integrations test-torch lab-speed clean
 
 demo: $(VENV)/lab
 	$(BIN)/relaxprop reproduce demo
@@ -30,9 +30,13 @@ test-cluster: $(VENV)/test
 	$(PIP) --editable '.[cluster]'
 	$(BIN)/pytest tests/lab/test_cluster.py
 
-# A grid on two workers, killed 50 times. The outcome is kept under results/crash.
+# A grid on two workers, of which one or all are killed, 50 times. The outcome is kept under results/crash.
 test-crash: $(VENV)/test
 	$(BIN)/python results/crash/kill.py --kills 50 --out results/crash/outcome.json
+
+# What the lab's workers, engines and commands cost. The outcome is kept under results/lab-speed.
+lab-speed: $(VENV)/test
+	$(BIN)/python results/lab-speed/measure.py
 
 # The library's tests on another version of PyTorch, in an environment of its own:  make test-torch TORCH=2.7.1
 # The outcome is kept under results/torch-versions. An environment takes 6 GB: delete it afterwards.
