@@ -288,6 +288,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--only", default=",".join(PARTS), help="parts, with commas between (default: all)")
     options.add_argument("--small", action="store_true", help="tiny settings, to see that it works")
+    options.add_argument("--repeats", type=int, default=Sizes().repeats, help="of what takes minutes")
     options.add_argument("--folder", type=Path, default=HERE, help="of the files (default: this one)")
     given = options.parse_args()
     chosen = given.only.split(",")
@@ -300,7 +301,7 @@ def main() -> None:
     for part in chosen:
         title, measure = PARTS[part]
         print(f"{part}. {title}", flush=True)
-        rows = measure(SMALL if given.small else Sizes())
+        rows = measure(SMALL if given.small else Sizes(repeats=given.repeats))
         outcome[part] = {
             "command": shlex.join(["python", *sys.argv]),
             "environment": environment(),
