@@ -267,7 +267,8 @@ class Run:
                 if arguments.inputs:  # afterwards the caller's own lists hold the caller's own inputs
                     result = rebuilt(result, {})
             if sight is not None:
-                self.other_hooks = hooks_registered() - registered > sight.hooks
+                # Other threads register hooks too.
+                self.other_hooks = sight.reads_nodes and hooks_registered() - registered > sight.hooks
             elif hooks_registered() != registered:
                 activities = [x for v in self.vertices for x in (v.output, v.stand_in)]
                 hooked_unseen(self.model, activities, arguments.inputs.values())

@@ -32,6 +32,7 @@ from relaxprop._pytorch import (
 )
 from relaxprop.unconverged import warn_user
 
+_NODE_OF: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -86,6 +87,7 @@ class Sight(TorchFunctionMode):
         self.stand_ins = stand_ins
         self.given = given
         self.hooks = 0  # how many the model has put on tensors
+        self.reads_nodes = False  # whether it has asked for a node of PyTorch's graph
 
     def __enter__(self) -> Sight:
         uncompiled.__enter__()  # compiled code announces nothing
@@ -106,6 +108,8 @@ class Sight(TorchFunctionMode):
                 raise cut_off(
                     f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
                 )
+        elif func == _NODE_OF:
+            self.reads_nodes = True
         elif func is Tensor.register_hook:
             self.hooks += 1
             tensor, register, hook = args[0], cast(Any, func), kwargs["hook"] if kwargs else args[1]
@@ -222,7 +226,7 @@ def hooked_unseen(model: str, activities: Iterable[Tensor], inputs: Iterable[tup
 
 
 def warn_of_other_hooks(model: str) -> None:
-    """To be called where more hooks were registered than those on tensors: nothing tells what they are on."""
+    """To be called where more hooks were registered than those on tensors, and nodes asked for: nothing tells which."""
     warn_user(
         f"a hook that is not on a tensor was registered while {model} ran: if it is on a node of PyTorch's graph "
         "(x.grad_fn.register_hook), it sees one product with A out of many, and if it changes what it sees, it does so "

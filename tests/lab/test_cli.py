@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import relaxprop
+from relaxprop.lab import bench
 from relaxprop.lab.cli import reproduce
 from relaxprop.lab.cli.main import function, main
 from relaxprop.lab.cli.options import app
@@ -24,6 +25,7 @@ from relaxprop.lab.engines.grid import GridError
 from relaxprop.lab.experiments import convergence, paper
 from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
+from relaxprop.lab.rules import OTHERS
 
 COMMANDS = (
     "train", "reproduce", "report", "show", "convergence", "bench", "runs", "export", "compare", "power", "table",
@@ -57,7 +59,7 @@ def test_help_and_version() -> None:
     status, text = invoke("--help")
     assert status == 0
     assert all(command in text for command in COMMANDS)
-    assert invoke("--version") == (0, "relaxprop 0.1.0 ")
+    assert invoke("--version") == (0, f"relaxprop {relaxprop.__version__} ")
 
 
 @pytest.mark.parametrize(
@@ -339,8 +341,9 @@ def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "peak KiB"):
         assert part in text
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert len(written["costs"]) == 5
-    assert len(written["ratios"]) == 5
+    assert len(written["costs"]) == 1 + len(bench.solvers()) + len(OTHERS)
+    assert all(cost["rule"] in text for cost in written["costs"])
+    assert len(written["ratios"]) == 5 + 2  # of Activation Relaxation, of the two rules whose activities move
     assert all(ratio["what"] in text for ratio in written["ratios"])
     assert written["environment"]["processor"]
 

@@ -438,7 +438,7 @@ def test_a_description_builds_its_solver() -> None:
     ("options", "message"),
     [
         ({"dataset": "a/b"}, "name must be of letters, digits, dots, hyphens and single spaces"),
-        ({"rule": "hebb"}, "'ar' or 'backprop'"),
+        ({"rule": "hebb"}, "'ar', 'backprop', 'pc', 'ep', 'dfa' or 'drtp'"),
         ({"solver": "magic"}, "'closed-form', 'euler', 'continuous' or 'equilibrium'"),
         ({"epochs": 0}, "greater than or equal to 1"),
         ({"learning_rate": float("nan")}, "finite"),
