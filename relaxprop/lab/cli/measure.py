@@ -212,7 +212,7 @@ def bench(
         )
     title = f"{model}, batch {batch_size}, {measured.device}: {rounds} interleaved training steps"
     shown = Table(title=title, title_justify="left")
-    shown.add_column("rule", no_wrap=True)
+    shown.add_column("rule", overflow="fold")
     for column in ("median ms", "quartiles", "time", "peak KiB", "memory"):
         shown.add_column(column, justify="right", no_wrap=True)
     for cost in measured.costs:
