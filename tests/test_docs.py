@@ -124,7 +124,9 @@ def test_the_costs_in_the_text_are_those_of_the_kept_benchmarks() -> None:
     measured = kept_benchmark("bench-cnn.json")
     cnn = {cost.rule: cost for cost in measured.costs}
     paper = cnn["ClosedForm(0.1, 100)"]
-    assert f"`Equilibrium` takes {cnn['Equilibrium()'].time_ratio:.2f}×, `PAPER` {paper.time_ratio:.2f}× the time" in text
+    assert (
+        f"`Equilibrium` takes {cnn['Equilibrium()'].time_ratio:.2f}×, `PAPER` {paper.time_ratio:.2f}× the time" in text
+    )
     assert f"and {paper.memory_ratio:.2f}× the memory of backpropagation" in text
     assert f"`Euler` {measured.ratios[0].ratio:.1f} times `PAPER`'s time" in text
     assert f"`DirectFeedback` {cnn['DirectFeedback()'].time_ratio:.2f}×" in text
