@@ -32,6 +32,7 @@ __all__ = [
     "accumulated_hooks",
     "arg_tree_leaves",
     "arrived_hooks",
+    "asks_for_node",
     "backward_class",
     "backward_hooks",
     "base",
@@ -173,6 +174,15 @@ def switches_gradients(func: Any) -> bool:
     """Whether the function that a `TorchFunctionMode` sees is the one that ``torch.no_grad``, ``enable_grad`` and
     ``set_grad_enabled`` call. There is no public name for it."""
     return func is torch._C._set_grad_enabled
+
+
+def asks_for_node(func: Any) -> bool:
+    """Whether the function that a `TorchFunctionMode` sees is the one that reads ``x.grad_fn``. PyTorch documents that
+    such functions are seen, and its types hide that this one is there."""
+    return bool(func == _NODE_OF)
+
+
+_NODE_OF: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 
 
 def not_in_a_whole_graph(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

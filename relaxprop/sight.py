@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from relaxprop._pytorch import (
     arrived_hooks,
+    asks_for_node,
     backward_hooks,
     in_forward_mode,
     in_transform,
@@ -32,7 +33,6 @@ from relaxprop._pytorch import (
 )
 from relaxprop.unconverged import warn_user
 
-_NODE_OF: Any = vars(torch._C.TensorBase)["grad_fn"].__get__
 _DIFFERENTIATING = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -108,7 +108,7 @@ class Sight(TorchFunctionMode):
                 raise cut_off(
                     f"{self.model} calls retain_grad on an activity, which would keep the sum over products with A"
                 )
-        elif func == _NODE_OF:
+        elif asks_for_node(func):
             self.reads_nodes = True
         elif func is Tensor.register_hook:
             self.hooks += 1

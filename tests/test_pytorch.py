@@ -283,6 +283,20 @@ def test_a_hook_on_what_accumulates_is_the_public_one() -> None:
         assert not arrived
 
 
+def test_reading_a_node_is_seen() -> None:
+    class Looks(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(_pytorch.asks_for_node(func))
+            return func(*args, **(kwargs or {}))
+
+    seen = list[bool]()
+    x = 3 * leaf(2)
+    with Looks():
+        assert x.grad_fn is not None
+        assert not x.is_leaf
+    assert seen == [True, False]
+
+
 def test_a_hook_on_a_computed_tensor_sees_its_gradient_beside_the_users() -> None:
     for users_first in (False, True):
         x, arrived = leaf(2), list[tuple[str, Tensor]]()
