@@ -177,8 +177,10 @@ def switches_gradients(func: Any) -> bool:
 
 
 def asks_for_node(func: Any) -> bool:
-    """Whether the function that a `TorchFunctionMode` sees is the one that reads ``x.grad_fn``. PyTorch documents that
-    such functions are seen, and its types hide that this one is there."""
+    """Whether the function that a `TorchFunctionMode` sees is the one that reads ``x.grad_fn``.
+
+    PyTorch's types say that ``Tensor.grad_fn`` is a node, so it is looked up in the class that defines it.
+    """
     return bool(func == _NODE_OF)
 
 

@@ -12,10 +12,8 @@ from typing import Any
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from typer.testing import CliRunner
 
 from relaxprop.lab import data, stats
-from relaxprop.lab.cli.main import app
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.experiments import conditions, paper, records
 from relaxprop.lab.files import OutputError
@@ -23,6 +21,7 @@ from relaxprop.lab.records import Run, differing, find, sort, where
 from relaxprop.lab.report import claims, compare, export, figures
 from relaxprop.lab.results import AlignmentSample, EpochMetrics, FinishedRun, Head, RunLine
 from relaxprop.lab.store import read_lines, take_over, write_lines
+from tests.lab.problem import invoke
 
 DEMO = paper.EXPERIMENTS["demo"]
 COMMAND = "relaxprop reproduce demo --seeds 4 --epochs 2"
@@ -79,14 +78,6 @@ def directories(folder: Path, tmp_path: Path) -> Path:
     line = EpochMetrics(epoch=1, train_loss=1, test_accuracy=0.25, seconds=1).model_dump_json()
     (root / "unfinished" / "metrics.jsonl").write_text(line + "\n")
     return root
-
-
-def invoke(*args: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "300"})
-    if isinstance(result.exception, OutputError):
-        return 1, str(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"[│┃╭╮╰╯─\s]+", " ", result.output)
 
 
 def test_a_file_and_directories_of_the_same_runs_tell_the_same(folder: Path, directories: Path) -> None:

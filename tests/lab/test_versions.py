@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
-from typer.testing import CliRunner
 
 from relaxprop.lab import data, stats
-from relaxprop.lab.cli.main import app
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.experiments import conditions, paper, plan, records
@@ -24,6 +22,7 @@ from relaxprop.lab.files import OutputError
 from relaxprop.lab.report import claims, figures
 from relaxprop.lab.results import EpochMetrics, FinishedRun, Head, RunLine
 from relaxprop.lab.store import read_lines, take_over, write_lines
+from tests.lab.problem import invoke
 
 DEMO = paper.EXPERIMENTS["demo"]
 COMMAND = "relaxprop reproduce demo --condition b --seeds 3 --epochs 2"
@@ -67,14 +66,6 @@ def some(directories: Path, *wanted: tuple[str, int]) -> Path:
     (folder / "stranger").mkdir(parents=True)
     (folder / "stranger" / "config.json").write_text("{")
     return folder
-
-
-def invoke(*args: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "300"})
-    if isinstance(result.exception, OutputError):
-        return 1, str(result.exception)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, re.sub(r"[│┃╭╮╰╯─\s]+", " ", result.output)
 
 
 EIGHT = [

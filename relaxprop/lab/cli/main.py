@@ -135,7 +135,9 @@ def main() -> None:
         app()
     except OutputError as error:
         _end(error, 1)
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # their classes are imported here only, as most of them bring PyTorch; others are raised on
         from relaxprop import NonFiniteStateError
         from relaxprop.lab.data import DataError
         from relaxprop.lab.engines.grid import GridError
