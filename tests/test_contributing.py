@@ -32,6 +32,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(Path(relaxprop.__file__).parent, folder / "relaxprop")
     for path, hunk in hunks():
+        (folder / path).touch()  # a diff may show a new file
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] in " -")
         after = "".join(line[1:] for line in lines if line[0] in " +")
@@ -82,9 +83,10 @@ except TypeError as error:
 
 
 def test_the_diffs_are_shown() -> None:
-    lab = ("experiments/paper.py", "data/embedded.py", "data/sources.py", "data/dataset.py", "engines/serial.py")
-    changed = {"relaxprop/solvers.py", "relaxprop/feedback.py", "relaxprop/lab/cli/engines.py"}
-    assert {path for path, _ in hunks()} == changed | {f"relaxprop/lab/{path}" for path in lab}
+    data = {f"lab/data/{name}.py" for name in ("embedded", "sources", "dataset")}
+    lab = {"lab/rules.py", "lab/experiments/paper.py", "lab/engines/serial.py", "lab/cli/engines.py"} | data
+    changed = {"solvers.py", "feedback.py", "rules/signed.py"} | lab
+    assert {path for path, _ in hunks()} == {f"relaxprop/{path}" for path in changed}
 
 
 def test_every_file_that_is_named_is_there() -> None:
@@ -120,6 +122,17 @@ def test_a_new_solver_is_on_the_command_line(package: Path) -> None:
     trained = run(package, "-m", "relaxprop", "train", *options)
     assert trained.returncode == 0, trained.stderr
     assert "test accuracy" in trained.stdout
+
+
+def test_a_new_rule_trains_by_its_name(package: Path) -> None:
+    options = ("--rule", "signed", "--epochs", "2", "--runs", str(package / "signed"))
+    trained = run(package, "-m", "relaxprop", "train", *options)
+    assert trained.returncode == 0, trained.stderr
+    (accuracy,) = re.findall(r"test accuracy\D*(\d+\.\d+) ?%", trained.stdout)[-1:]
+    assert float(accuracy) > 30  # of ten digits
+    refused = run(package, "-m", "relaxprop", "train", "--rule", "signed", "--beta", "0.1")
+    assert refused.returncode == 2
+    assert "--beta" in refused.stderr
 
 
 def test_a_new_experiment_on_a_new_data_set_by_a_new_engine(package: Path) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from relaxprop.frozen import Frozen
+from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.html import table
 from relaxprop.inspect.model import check_model, undisturbed
-from relaxprop.inspect.walk import KINDS, Reads, Walk, Words
+from relaxprop.inspect.walk import KINDS, RELAXATION, Reads, Walk, Words
 from relaxprop.rule import LearningRule, rule_of
 from relaxprop.rules.base import Described, Rule
 from relaxprop.sight import uncompiled
@@ -99,10 +99,10 @@ def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Local
             rule of your own that does not say what it reads.
     """
     check_model(model, LearningRule)
-    described = model._locality if isinstance(model, Rule) else None
+    described = model.locality if isinstance(model, Rule) else None
     if described is None and not isinstance(model, ActivationRelaxation):
         name = rule_of(type(model)).__name__
-        raise ValueError(f"{name} does not say what its states read: give the class a property _locality")
+        raise ValueError(f"{name} does not say what its states read: give the class a property locality")
     for module, name in named_parts(model.module).items():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -128,17 +128,17 @@ def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Local
 
 def _of_rule(model: LearningRule, described: Described, inputs: Any, kwargs: Any) -> Locality:
     """The rows of a rule beside Activation Relaxation, none of which remembers what has changed since."""
-    if described.broadcast is None:
-        walk = Walk(model, inputs, kwargs, _NOTHING_FROZEN, Words("v", ("own v", "own ε"), "ε", "v"))
-        states = list(walk.states())
+    frozen, words, legend = _NOTHING_FROZEN, Words(activity="x̄"), "x: state, x̄: activity, pre: presynaptic"
+    if described.moves:
+        words = Words("v", ("own v", "own ε"), "ε", "v")
         legend = "v: current activity, ε: its difference to what predicts it, pre: presynaptic"
-    else:
-        walk = Walk(model, inputs, kwargs, _NOTHING_FROZEN, Words(activity="x̄"))
-        what, kind = described.broadcast
-        states = [row if _is_held(row) else _fed(row.update, what, kind) for row in walk.states()]
-        legend = "x: state, x̄: activity, pre: presynaptic"
-    more = described.of_updates
-    layers = [replace(row, non_local=(*row.non_local, *more)) for row in walk.layers()]
+    elif described.broadcast is None:
+        frozen, words = ALL_FROZEN, RELAXATION
+    walk = Walk(model, inputs, kwargs, frozen, words)
+    states = list(walk.states())
+    if described.broadcast is not None:
+        states = [row if _is_held(row) else _fed(row.update, *described.broadcast) for row in states]
+    layers = [replace(row, non_local=(*row.non_local, *described.of_updates)) for row in walk.layers()]
     return Locality((*states, *layers), described.schedule, legend)
 
 

@@ -78,6 +78,7 @@ class Head(BaseModel):
     dataset: str | None = None  # its title, with the sizes where it is a part
     chance: float | None = Field(default=None, ge=0, le=1)  # test accuracy of naming the most frequent class
     conditions: dict[str, Compared] = Field(default_factory=dict)  # by name, in the table's order
+    not_local: dict[str, list[str]] | None = None  # by name, the kinds of what is not local in the updates
 
 
 class RunLine(BaseModel):

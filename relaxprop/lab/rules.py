@@ -29,19 +29,23 @@ class Other(NamedTuple):
 
     Attributes:
         title: its name in words.
+        wrapper: its class.
         settings: whose fields are what it is told.
-        fixed: of these, what its name says; the seed is the run's.
+        fixed: of these, what its name says.
         defaults: where the run's are not the library's.
         loss_within: whether it computes the loss itself.
+        draws: whether it draws weights of its own, from the run's seed.
         reads_labels: whether it reads the labels beside the input.
         transports: whether errors pass the layers' weights, so that there may be other backwards weights.
     """
 
     title: str
+    wrapper: Callable[..., LearningRule]
     settings: type
     fixed: Mapping[str, Any] = {}
     defaults: Mapping[str, Any] = {}
     loss_within: bool = False
+    draws: bool = False
     reads_labels: bool = False
     transports: bool = False
 
@@ -62,15 +66,18 @@ class Other(NamedTuple):
         return {name: getattr(made, name) for name in self.options}
 
 
-_AS_WEIGHTS = {"std": 0.05}  # as the weights of the paper's networks start
+_DIRECT = {"std": 0.05}  # as the weights of the paper's networks start
 OTHERS: dict[str, Other] = {
-    "pc": Other("strict predictive coding", EnergySettings, loss_within=True, transports=True),
-    "ep": Other("equilibrium propagation", NudgedSettings, loss_within=True, transports=True),
-    "dfa": Other("direct feedback alignment", DirectFeedbackSettings, {"error": "output"}, _AS_WEIGHTS),
-    "drtp": Other(
-        "direct random target projection", DirectFeedbackSettings, {"error": "target"}, _AS_WEIGHTS, reads_labels=True
+    "pc": Other("strict predictive coding", PredictiveCoding, EnergySettings, loss_within=True, transports=True),
+    "ep": Other("equilibrium propagation", EquilibriumPropagation, NudgedSettings, loss_within=True, transports=True),
+    "dfa": Other(
+        "direct feedback alignment", DirectFeedback, DirectFeedbackSettings, {"error": "output"}, _DIRECT, draws=True
     ),
-}
+    "drtp": Other(
+        "direct random target projection", DirectFeedback, DirectFeedbackSettings, {"error": "target"}, _DIRECT,
+        draws=True, reads_labels=True,
+    ),
+}  # fmt: skip
 
 
 def wrap(
@@ -84,11 +91,10 @@ def wrap(
         seed: of feedback that is drawn.
         common: ``vertices`` and ``check_finite``.
     """
-    if rule == "pc":
-        return PredictiveCoding(network, loss_fn, **options, **common)
-    if rule == "ep":
-        return EquilibriumPropagation(network, loss_fn, **options, **common)
-    return DirectFeedback(network, **OTHERS[rule].fixed, **options, seed=seed, **common)
+    other = OTHERS[rule]
+    loss = [loss_fn] if other.loss_within else []
+    drawn = {"seed": seed} if other.draws else {}
+    return other.wrapper(network, *loss, **other.fixed, **options, **drawn, **common)
 
 
 def called(

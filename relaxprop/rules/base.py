@@ -88,12 +88,14 @@ class Described(NamedTuple):
     Attributes:
         schedule: in which order the states are updated, and what that takes.
         broadcast: for a rule whose states come directly from somewhere, from what, and the kind of what is not local in
-            that, of `inspect.walk.KINDS`; None for a rule whose activities move by errors between layers.
+            that ("error broadcast", "target broadcast"); None where errors go from vertex to vertex.
+        moves: whether the activities themselves move, by such errors.
         of_updates: what is not local in every weight update, as ``kind: what``.
     """
 
     schedule: str
     broadcast: tuple[str, str] | None = None
+    moves: bool = False
     of_updates: tuple[str, ...] = ()
 
 
@@ -126,8 +128,8 @@ class Rule(LearningRule):
         super().__init__(module, RuleSettings() if settings is None else settings)
 
     @property
-    def _locality(self) -> Described | None:
-        """What the rule's updates read; None where it does not say."""
+    def locality(self) -> Described | None:
+        """What the rule's updates read, for `describe_locality`; None where the rule does not say."""
         return None
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:

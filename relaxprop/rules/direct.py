@@ -128,7 +128,7 @@ class DirectFeedback(Rule):
             refuse_target_of_its_own(self)
 
     @property
-    def _locality(self) -> Described:
+    def locality(self) -> Described:
         if self.settings.error == "target":
             return Described(
                 "none: each layer's update is there as soon as its activity is", ("target", "target broadcast")

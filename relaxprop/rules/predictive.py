@@ -235,8 +235,8 @@ class PredictiveCoding(EnergyRule):
         super().__init__(module, loss_fn, EnergySettings(vertices, check_finite, keep_states, step_size, num_steps))
 
     @property
-    def _locality(self) -> Described:
-        return Described(_CLOCK)
+    def locality(self) -> Described:
+        return Described(_CLOCK, moves=True)
 
     def _moved(self, moving: _Moving, graph: Graph) -> tuple[States, Phase]:
         rest = moving.descend(graph, self.settings)
@@ -303,11 +303,12 @@ class EquilibriumPropagation(EnergyRule):
         super().__init__(module, loss_fn, settings)
 
     @property
-    def _locality(self) -> Described:
+    def locality(self) -> Described:
         if not self.settings.centred:
-            return Described(f"{_CLOCK}; after a free phase, a signal to all of them switches the nudge on")
+            return Described(f"{_CLOCK}; after a free phase, a signal to all of them switches the nudge on", moves=True)
         return Described(
             f"{_CLOCK}; a signal to all of them switches from one phase to the other",
+            moves=True,
             of_updates=("two phases: +β and −β",),
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from relaxprop import alignment, describe_locality
+from relaxprop import ActivationRelaxation, alignment, describe_locality, rules
 from tests.compare import assert_same_gradients, backward, of_parameters, refuses, squares
 from tests.literal import affine, weight
 from tests.problems import PROBLEMS, Problem, mlp, name_of
@@ -74,8 +74,25 @@ def test_it_trains_and_is_inspected() -> None:
         backward(loss)
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
-    with refuses(ValueError, "SpikingErrors does not say what its states read", "_locality"):
-        describe_locality(model, x)
+
+
+def test_it_says_what_its_states_read() -> None:
+    network, x = mlp(4, 16, 16, 3), torch.ones(2, 4)
+    with refuses(ValueError, "SpikingErrors does not say what its states read", "a property locality"):
+        describe_locality(SpikingErrors(network), x)
+
+    class Described(SpikingErrors):
+        @property
+        def locality(self) -> rules.Described:
+            return rules.Described("spikes pass once", of_updates=("two phases: made up",))
+
+    found, like = describe_locality(Described(network), x), describe_locality(ActivationRelaxation(network), x)
+    assert found.schedule == "spikes pass once"
+    # Its errors take the way of Activation Relaxation's, at the stored activities.
+    assert [(r.update, r.activities, r.weights, r.derivative) for r in found.rows] == [
+        (r.update, r.activities, r.weights, r.derivative) for r in like.rows
+    ]
+    assert found.non_local == like.non_local | {"two phases"}
 
 
 def test_its_settings_are_checked() -> None:

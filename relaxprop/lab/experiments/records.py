@@ -55,8 +55,9 @@ def _keep(
         dataset=dataset.title,
         chance=dataset.chance,
         conditions={name: Compared(c.title, c.claim, c.versus, c.beside) for name, c in conditions.items()},
-        **({} if planned in (None, len(runs)) else {"planned": planned}),
     )
+    if planned not in (None, len(runs)):
+        head = head.model_copy(update={"planned": planned})
     write_lines(path, head, [RunLine.of(run, name) for run, name in zip(runs, names, strict=True)])
 
 

@@ -191,7 +191,7 @@ def keep(
             dataset=dataset.title,
             chance=dataset.chance,
             conditions={n: Compared(RIVALS[n].title, RIVALS[n].claim, REFERENCE) for n in configs},
-            not_local={name: not_local(config, dataset) for name, config in configs.items()},  # type: ignore[call-arg]
+            not_local={name: not_local(config, dataset) for name, config in configs.items()},
         )
         write_lines(path, head, [RunLine.of(run, name) for run, name in zip(runs, names, strict=True)])
 
@@ -208,8 +208,7 @@ def read_rivals(folder: Path) -> Rivals:
         OutputError: the records cannot be read, are of another experiment, or cannot be paired.
     """
     head, conditions, runs = read_lines(folder / RECORDS)
-    extra = head.model_extra or {}
-    if head.experiment != TITLE or "not_local" not in extra:
+    if head.experiment != TITLE or head.not_local is None:
         raise OutputError(f"{folder / RECORDS} is of another experiment: {head.experiment}")
     by_name: dict[str, dict[int, FinishedRun]] = {}
     for name, run in zip(conditions, runs, strict=True):
@@ -219,8 +218,7 @@ def read_rivals(folder: Path) -> Rivals:
         if own.keys() != reference.keys():
             raise OutputError(f"{folder / RECORDS}: {name} and {REFERENCE} have not the same seeds")
     rows = [
-        _row(name, head.conditions[name].title, own, reference, extra["not_local"][name])
-        for name, own in by_name.items()
+        _row(name, head.conditions[name].title, own, reference, head.not_local[name]) for name, own in by_name.items()
     ]
     config = runs[0].config
     n, epochs = len(reference), config.epochs
