@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -123,18 +125,16 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=HERE)
     given = options.parse_args()
     torch.set_num_threads(1)
-    words = [f"--{name} {getattr(given, name)}" for name in ("device", "seeds", "rounds")]
-    words = [word for word in words if word.split()[1] != str(options.get_default(word.split()[0][2:]))]
-    words += [f"--model {model}" for model in given.model or ()] + ["--small"] * given.small
     results = []
+    seeds, rounds = (2, 1) if given.small else (given.seeds, given.rounds)
     for model in given.model or ("mlp",):
         for condition, (_, minibatches) in CONDITIONS.items():
-            sizes = {"minibatches": 2} if given.small else {"minibatches": minibatches}
-            seeds, rounds = (2, 1) if given.small else (given.seeds, given.rounds)
-            results.append(measure(model, condition, seeds=seeds, rounds=rounds, device=given.device, **sizes))
+            steps = 2 if given.small else minibatches
+            found = measure(model, condition, seeds=seeds, rounds=rounds, device=given.device, minibatches=steps)
+            results.append(found)
             print(*cells(results[-1]), flush=True)
     outcome = {
-        "command": " ".join(["python results/batched-seeds/measure.py", *words]),
+        "command": shlex.join(["python", "results/batched-seeds/measure.py", *sys.argv[1:]]),
         "environment": environment(),
         "device": given.device,
         "results": results,

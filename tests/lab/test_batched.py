@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import runpy
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -432,3 +434,18 @@ def test_a_class_says_of_itself_that_it_only_computes() -> None:
     layer = nn.Linear(2, 2)
     assert does_as_its_class_says(BatchedLinear(layer, 2))
     assert not does_as_its_class_says(Counting(layer, 2))
+
+
+MEASURE = Path(__file__).parents[2] / "results" / "batched-seeds" / "measure.py"
+
+
+@pytest.mark.skipif(not MEASURE.exists(), reason="the kept results are in the repository, not in a source distribution")
+def test_the_command_that_measures_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(MEASURE), "--small", "--out", str(tmp_path)])
+    runpy.run_path(str(MEASURE), run_name="__main__")
+    outcome = json.loads((tmp_path / "outcome.json").read_text())
+    assert [found["condition"] for found in outcome["results"]] == ["backpropagation", "PAPER", "a", "c"]
+    for found in outcome["results"]:
+        assert all(len(found["seconds"][way]) == 1 for way in ("batched", "single"))
+        assert found["largest relative difference of losses"] < 1e-5
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 8
