@@ -188,35 +188,41 @@ def epochs_at_once(
                 _save_reports(run.record, wrapped_by(run.config, run.model), dataset.train.images[:2])
             run.found += opened[run].metrics
             yield from ((run.config, metrics, False) for metrics in run.found[: config.epochs])
-        rows = kept_samples(len(dataset.test), config)
-        test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
-        now: list[_Run] = []
-        for epoch in range(min(len(run.found) for run in runs) + 1, config.epochs + 1):
-            behind = [run for run in runs if len(run.found) < epoch]
-            if behind != now:
-                now = behind
-                network, trained, optimizer = _together(now, group, check_finite)
-            samples: list[AlignmentSample] = []
-            start = time.perf_counter()
-            with expected_transients():
-                losses = train_epoch(
-                    trained, optimizer, dataset, [run.config for run in now], epoch, samples.append, group
-                )
-            seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
-            if len(now) > 1:
-                hand_out_state(network, optimizer, [run.model for run in now], [run.optimizer for run in now])
-            for run, loss in zip(now, losses, strict=True):
-                metrics = EpochMetrics(
-                    epoch=epoch,
-                    train_loss=loss,
-                    test_accuracy=accuracy(run.model, test, group=group, precision=config.precision),
-                    seconds=seconds / len(now),
-                    alignment=tuple(samples),
-                )
-                run.found.append(metrics)
-                if run.record is not None and group.is_first:
-                    run.record.save(run.found, run.model, run.optimizer)
-                yield run.config, metrics, True
+        yield from _trained(runs, dataset, group, check_finite)
+
+
+def _trained(
+    runs: Sequence[_Run], dataset: Dataset, group: Group, check_finite: bool
+) -> Generator[tuple[RunConfig, EpochMetrics, bool]]:
+    """The epochs that are missing: those that have the fewest go on alone until they have as many as the others."""
+    config = runs[0].config
+    rows = kept_samples(len(dataset.test), config)
+    test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
+    now: list[_Run] = []
+    for epoch in range(min(len(run.found) for run in runs) + 1, config.epochs + 1):
+        behind = [run for run in runs if len(run.found) < epoch]
+        if behind != now:
+            now = behind
+            network, trained, optimizer = _together(now, group, check_finite)
+        samples: list[AlignmentSample] = []
+        start = time.perf_counter()
+        with expected_transients():
+            losses = train_epoch(trained, optimizer, dataset, [run.config for run in now], epoch, samples.append, group)
+        seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
+        if len(now) > 1:
+            hand_out_state(network, optimizer, [run.model for run in now], [run.optimizer for run in now])
+        for run, loss in zip(now, losses, strict=True):
+            metrics = EpochMetrics(
+                epoch=epoch,
+                train_loss=loss,
+                test_accuracy=accuracy(run.model, test, group=group, precision=config.precision),
+                seconds=seconds / len(now),
+                alignment=tuple(samples),
+            )
+            run.found.append(metrics)
+            if run.record is not None and group.is_first:
+                run.record.save(run.found, run.model, run.optimizer)
+            yield run.config, metrics, True
 
 
 def _started(config: RunConfig, record: Record | None, dataset: Dataset) -> _Run:
