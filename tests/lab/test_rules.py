@@ -293,6 +293,17 @@ def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_pat
     assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == text
     assert gather([tmp_path / "out"]).figures
+    (tmp_path / "out").rename(tmp_path / "mlp")
+    outcome = CliRunner().invoke(app, ["table", str(tmp_path)], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 0, outcome.output
+    head, _, first, *lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert head == "| rule | MLP | not local | cost |"
+    assert first.startswith(f"| Backpropagation | {reference.accuracy} % | memory of x̄, weight transport | 1.0× |")
+    for line, row in zip(lines, found.rows[1:], strict=True):
+        assert row.difference is not None
+        low, high = row.difference.interval
+        shown = f"{100 * row.difference.mean:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+        assert line == f"| {row.title} | {shown} | {', '.join(row.not_local)} | {row.cost:.1f}× |"
 
 
 def made(folder: Path) -> Path:

@@ -220,6 +220,11 @@ def is_of_rivals(folder: Path) -> bool:
     return (folder / SEARCH).exists()
 
 
+def networks_in(folder: Path) -> list[Path]:
+    """The folders within, by network, that hold this experiment's records."""
+    return [folder / model for model in MODELS if is_of_rivals(folder / model)]
+
+
 def read_rivals(folder: Path) -> Rivals:
     """The table's rows, from the kept records alone.
 
@@ -315,6 +320,33 @@ def _interval(difference: Mean | None) -> str:
         return ""
     low, high = difference.interval
     return f"{100 * low:.2f} to {100 * high:.2f}"
+
+
+def write_together(folder: Path) -> Path:
+    """Makes one table of the networks whose results are in the folder, from their records; gives the file."""
+    networks = [read_rivals(network) for network in networks_in(folder)]
+    by_name = [{row.name: row for row in network.rows} for network in networks]
+    last = by_name[-1]
+    columns = ("rule", *(network.about.split(", ")[1] for network in networks), "not local", "cost")
+    cells = [
+        (
+            row.title,
+            *(_with_interval(rows[row.name]) if row.name in rows else "" for rows in by_name),
+            ", ".join(row.not_local),
+            f"{row.cost:.1f}×",
+        )
+        for row in last.values()
+    ]
+    write_atomically(folder / "table.md", markdown_table(columns, cells))
+    return folder / "table.md"
+
+
+def _with_interval(row: Row) -> str:
+    """The difference in points, and its interval; for what others are compared with, its accuracy."""
+    if row.difference is None:
+        return f"{row.accuracy} %"
+    low_and_high = _interval(row.difference)
+    return f"{100 * row.difference.mean:.2f}" + (f" ({low_and_high})" if low_and_high else "")
 
 
 def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:
