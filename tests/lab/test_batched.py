@@ -35,6 +35,7 @@ from relaxprop.lab.store import Record, read_lines
 from relaxprop.lab.training import epochs_at_once, train
 from relaxprop.vertices import does_as_its_class_says
 from tests.lab.problem import few_digits, invoke, learning
+from tests.test_devices import every_device
 
 SEEDS = 3
 A: dict[str, Any] = {"frozen": {"relaxation_derivative": False}, "solver_options": {"num_steps": 6}}
@@ -146,6 +147,18 @@ def test_every_seed_of_a_convolutional_network_is_its_own_run(model: str, condit
 def test_in_float32_to_its_rounding(model: str, condition: str, tmp_path: Path) -> None:
     """Rounding is 6e-8; 6 minibatches."""
     check_equal(seeds(2, model=model, **CONDITIONS[condition]), pictures(model, torch.float32), tmp_path, 1e-5)
+
+
+@every_device
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("condition", ["backpropagation", "PAPER", "c", "learned", "Adam"])
+def test_on_every_device(device: str, condition: str, model: str) -> None:
+    """Beside single runs on the processor; in float32, which a GPU may round to 10 bits in products."""
+    configs, dataset = seeds(2, model=model, **CONDITIONS[condition]), pictures(model, torch.float32)
+    found = run_all(configs, dataset, root=None, device=device, batched_seeds=True)
+    for run in found:
+        (single,) = train(run.config, dataset)
+        assert run.metrics[0].train_loss == pytest.approx(single.train_loss, rel=1e-5 if device == "cpu" else 2**-10)
 
 
 def test_gradients_are_those_of_the_seeds_own_networks() -> None:
