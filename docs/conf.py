@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 from typer.main import get_command
 
 import relaxprop
-from relaxprop.lab.bench import Benchmark, markdown
+from relaxprop.lab.bench.suite import Benchmark, markdown
 from relaxprop.lab.cli.main import app as command_line
 
 HERE = Path(__file__).parent

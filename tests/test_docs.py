@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import relaxprop
 from relaxprop import plots, rules
 from relaxprop.lab.architectures import ARCHITECTURES
-from relaxprop.lab.bench import Benchmark
+from relaxprop.lab.bench.suite import Benchmark
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.experiments import depth as cost_of_depth
 

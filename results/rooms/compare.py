@@ -21,13 +21,16 @@ from types import ModuleType
 from typing import Any
 
 
-def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """The package in a folder, and its benchmark."""
+def imported(folder: Path) -> tuple[ModuleType, Any]:
+    """The package in a folder, and the class of its benchmark's problems."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "relaxprop"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder.resolve()))
     try:
-        return importlib.import_module("relaxprop"), importlib.import_module("relaxprop.lab.bench")
+        package, bench = importlib.import_module("relaxprop"), importlib.import_module("relaxprop.lab.bench")
+        if hasattr(bench, "_Problem"):  # in commits whose benchmark is one file
+            return package, bench._Problem
+        return package, importlib.import_module("relaxprop.lab.bench.problems").Problem
     finally:
         sys.path.pop(0)
 
@@ -44,8 +47,8 @@ def main() -> None:
     for model in ("mlp", "cnn"):
         steps: dict[str, Any] = {}
         for label, folder in (("before", given.before), ("after", given.after)):
-            package, bench = imported(folder)
-            problem = bench._Problem(model, 64, "cpu")
+            package, problem_class = imported(folder)
+            problem = problem_class(model, 64, "cpu")
             solvers = {
                 "backpropagation": None,
                 "Equilibrium()": package.Equilibrium(),

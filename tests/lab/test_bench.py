@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from relaxprop.lab import bench
+from relaxprop.lab.bench import measuring, suite
 
 
 def test_every_rule_is_measured_against_backpropagation() -> None:
-    measured = bench.run(rounds=2, batch_size=3)
+    measured = suite.run(rounds=2, batch_size=3)
     rules = [cost.rule for cost in measured.costs]
     assert rules == [
         "backpropagation", "Equilibrium()", "ClosedForm()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)",
@@ -21,7 +21,7 @@ def test_every_rule_is_measured_against_backpropagation() -> None:
         assert cost.quartiles[0] <= cost.milliseconds <= cost.quartiles[1]
         # The gradients alone are as large as the network's 336,810 parameters.
         assert cost.peak_bytes >= 4 * 336_810
-    assert bench.Benchmark.model_validate_json(measured.model_dump_json()) == measured
+    assert suite.Benchmark.model_validate_json(measured.model_dump_json()) == measured
 
 
 def test_peak_memory_is_the_most_at_one_time() -> None:
@@ -32,4 +32,4 @@ def test_peak_memory_is_the_most_at_one_time() -> None:
         del held
 
     # The allocator rounds each block up to a multiple of 64 bytes.
-    assert 8000 <= bench._peak_bytes(step, "cpu") <= 8000 + 4 * 64
+    assert 8000 <= measuring.peak_bytes(step, "cpu") <= 8000 + 4 * 64

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import relaxprop
-from relaxprop.lab import bench
+from relaxprop.lab.bench.problems import solvers
 from relaxprop.lab.cli import reproduce
 from relaxprop.lab.cli.main import function, main
 from relaxprop.lab.cli.options import app
@@ -341,7 +341,7 @@ def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
     for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "peak KiB"):
         assert part in text
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert len(written["costs"]) == 1 + len(bench.solvers()) + len(OTHERS)
+    assert len(written["costs"]) == 1 + len(solvers()) + len(OTHERS)
     assert all(cost["rule"] in text for cost in written["costs"])
     assert len(written["ratios"]) == 5 + 2  # of Activation Relaxation, of the two rules whose activities move
     assert all(ratio["what"] in text for ratio in written["ratios"])

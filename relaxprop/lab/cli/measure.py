@@ -1,7 +1,7 @@
 """Measure convergence, gradients, and costs.
 
-May import: transients, lab.architectures, lab.bench, lab.cli.options, lab.cli.settings, lab.experiments.convergence,
-lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
+May import: transients, lab.architectures, lab.bench.suite, lab.cli.options, lab.cli.settings,
+lab.experiments.convergence, lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import typer
 from rich.table import Table
 
-from relaxprop.lab import bench as benchmark
 from relaxprop.lab.architectures import ARCHITECTURES
+from relaxprop.lab.bench import suite
 from relaxprop.lab.cli.options import (
     console,
     print_paths,
@@ -202,7 +202,7 @@ def bench(
     on_device = find_device(device)
     with says_what_is_kept("nothing was measured to the end"), progress_bar() as progress:
         task = progress.add_task("interleaved steps", total=rounds)
-        measured = benchmark.run(
+        measured = suite.run(
             model,
             rounds=rounds,
             batch_size=batch_size,

@@ -1,6 +1,6 @@
 """What each solver costs on deeper and deeper networks.
 
-May import: public names, solvers, lab.architectures, lab.bench, lab.environment, lab.experiments.gradients,
+May import: public names, solvers, lab.architectures, lab.bench.measuring, lab.environment, lab.experiments.gradients,
 lab.report.plots, lab.report.tables, lab.results, lab.files.
 """
 
@@ -22,7 +22,7 @@ from relaxprop import (
     steps_to_converge,
 )
 from relaxprop.lab.architectures import Problem
-from relaxprop.lab.bench import BASELINE, interleaved, ratio
+from relaxprop.lab.bench.measuring import BASELINE, interleaved, ratio
 from relaxprop.lab.environment import environment
 from relaxprop.lab.experiments.gradients import STEP_SIZE, gradient_step
 from relaxprop.lab.files import write_atomically
