@@ -12,13 +12,21 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 BASELINE = "backpropagation"
-Step = Callable[[], None]
+WARMING = 3  # steps of each kind before any is measured
+Step = Callable[[], object]
+
+
+def warm(steps: Mapping[str, Step]) -> None:
+    """Runs each step a few times: the first ones learn, and allocate."""
+    for step in steps.values():
+        for _ in range(WARMING):
+            step()
 
 
 def interleaved(
@@ -40,6 +48,12 @@ def interleaved(
     finally:
         gc.enable()
     return times
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def ratio(times: Mapping[str, list[float]], what: str, *least: str, per: int = 1) -> float:
@@ -70,7 +84,7 @@ def peak_bytes(step: Step, device: torch.device | str) -> int:
         step()
         return int(torch.cuda.max_memory_allocated(device)) - before
     with (
-        quiet_stderr(),
+        without_output(2),  # what the profiler's C++ side prints when it starts and stops
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         step()
@@ -83,15 +97,18 @@ def peak_bytes(step: Step, device: torch.device | str) -> int:
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Without what the profiler's C++ side prints when it starts and stops."""
+def without_output(*descriptors: int) -> Iterator[None]:
+    """Without what is written to standard output (1) or error (2), by other programs and by C++ too."""
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
+    with ExitStack() as undone:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        undone.callback(os.close, nowhere)
+        for descriptor in descriptors:
+            kept = os.dup(descriptor)
+            undone.callback(os.close, kept)
+            undone.callback(os.dup2, kept, descriptor)
+            os.dup2(nowhere, descriptor)
         yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        sys.stdout.flush()
+        sys.stderr.flush()

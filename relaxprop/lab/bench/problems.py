@@ -1,147 +1,118 @@
-"""The networks that are measured on random images, and what there is to do with them.
+"""The networks that are measured, on random inputs of the size that they are for.
 
-May import: frozen, public names, solvers, vertices, lab.bench.measuring, lab.data, lab.models, lab.training.
+May import: lab.architectures, lab.data, lab.models, lab.rules, lab.training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
+import re
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from relaxprop import (
-    PAPER,
-    ActivationRelaxation,
-    ClosedForm,
-    DirectFeedback,
-    Equilibrium,
-    EquilibriumPropagation,
-    Euler,
-    Frozen,
-    PredictiveCoding,
-)
-from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab import models
-from relaxprop.lab.bench.measuring import Step
+from relaxprop.lab.architectures import chain, resnet18, text, transformer
 from relaxprop.lab.data import Dataset, Split
-from relaxprop.lab.training import squared_error
-from relaxprop.solvers import Solver
-from relaxprop.vertices import find_vertices
+from relaxprop.lab.models import Logits, PapersModel
+from relaxprop.lab.rules import LossFunction
+from relaxprop.lab.training import cross_entropy, squared_error
 
-IMAGE_SHAPES = {"mlp": (1, 28, 28), "cnn": (3, 32, 32), "cnn-as-coded": (3, 32, 32)}  # MNIST's and CIFAR's
-EULER_STEPS = 10
-RULE_STEPS = 10  # of predictive coding, and of each phase of equilibrium propagation
-PREDICTIVE, NUDGED = f"PredictiveCoding(0.1, {RULE_STEPS})", f"EquilibriumPropagation(0.1, {RULE_STEPS})"
-UPDATES = {"b": Frozen(update_derivative=False), "d": Frozen(update_activity=False)}  # the paper's conditions
-
-
-def solvers() -> dict[str, Solver]:
-    """What is compared with backpropagation."""
-    found = (Equilibrium(), ClosedForm(), PAPER, Euler(0.1, 100))
-    return {f"{type(s).__name__}({', '.join(map(str, _sizes(s)))})": s for s in found}
+PAPERS: tuple[str, ...] = get_args(PapersModel)
+RESNET, TRANSFORMER = "resnet-18", "transformer"
+NAMES = (*PAPERS, RESNET, TRANSFORMER, "chain-N")
+CHAIN = re.compile(r"chain-(\d+)")
+CHAIN_WIDTH = 128
+IMAGE_SIZES = (32, 224)  # CIFAR's and ImageNet's
+_IMAGES = {"mlp": (1, 28, 28), "cnn": (3, 32, 32), "cnn-as-coded": (3, 32, 32)}  # MNIST's and CIFAR's
 
 
-def _sizes(solver: Solver) -> list[float]:
-    options = vars(solver)
-    return [options["step_size"], options["num_steps"]] if options.get("num_steps") else []
-
-
+@dataclass(frozen=True)
 class Problem:
-    """A network on random images of the size that it is for, and what there is to do with it."""
+    """A network, random inputs, and the loss of what it makes of them."""
 
-    def __init__(self, model: str, batch_size: int, device: torch.device | str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.rand(batch_size, *IMAGE_SHAPES[model], generator=generator)
-        labels = torch.randint(10, (batch_size,), generator=generator)
-        dataset = Dataset("random", tuple(map(str, range(10))), Split(images, labels), Split(images, labels))
-        self.dataset, self.model, self.device = dataset.to(device, models.memory_format(model)), model, device
-        self.inputs = self.dataset.train.images
-        self.targets = nn.functional.one_hot(self.dataset.train.labels, 10).to(self.inputs.dtype)
+    network: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: LossFunction
 
-    def network(self) -> nn.Module:
-        return models.build(self.model, self.dataset, seed=0).to(self.device)
+    def to(self, device: torch.device | str, memory_format: torch.memory_format) -> Problem:
+        """The same on a device."""
+        images = self.inputs.dim() == 4
+        inputs = self.inputs.to(device, memory_format=memory_format) if images else self.inputs.to(device)
+        network = self.network.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]  # as in models
+        return Problem(network, inputs, self.targets.to(device), self.loss)
 
-    def training_step(self, solver: Solver | None, frozen: Frozen = ALL_FROZEN) -> Step:
-        """Forward pass, backward pass or relaxation phase, update."""
-        network = self.network()
-        trained = network if solver is None else ActivationRelaxation(network, solver=solver, frozen=frozen)
-        return self._step(network, lambda: squared_error(trained(self.inputs), self.targets))
 
-    def other_rules(self) -> dict[str, Step]:
-        """Training steps of the rules beside Activation Relaxation."""
-        networks = [self.network() for _ in range(4)]
-        direct, projected = DirectFeedback(networks[0]), DirectFeedback(networks[1], error="target")
-        moving = PredictiveCoding(networks[2], squared_error, num_steps=RULE_STEPS)
-        nudged = EquilibriumPropagation(networks[3], squared_error, num_steps=RULE_STEPS)
-        x, t = self.inputs, self.targets
-        losses: dict[str, Callable[[], Tensor]] = {
-            "DirectFeedback()": lambda: squared_error(direct(x), t),
-            "DirectFeedback(target)": lambda: squared_error(projected(x, target=t), t),
-            PREDICTIVE: lambda: moving(x, target=t),
-            NUDGED: lambda: nudged(x, target=t),
-        }
-        steps = zip(losses.items(), networks, strict=True)
-        return {name: self._step(network, loss) for (name, loss), network in steps}
+def check_name(name: str) -> None:
+    """Refuse a network that is not known.
 
-    def _step(self, network: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
-        # A step of no length costs the same, and in however many rounds no rule diverges on images without a pattern.
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    Raises:
+        ValueError: if it is none of ``NAMES``, or a chain without layers.
+    """
+    found = CHAIN.fullmatch(name)
+    if found and not int(found[1]):
+        raise ValueError(f"chain-N is a chain of N layers, and N must be at least 1, got {name!r}")
+    if not found and (name not in NAMES or name == "chain-N"):
+        raise ValueError(f"model must be one of {', '.join(NAMES)} (as chain-20), got {name!r}")
 
-        def step() -> None:
-            loss = loss_of()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
 
-        return step
+def build(
+    name: str, *, batch_size: int = 64, device: torch.device | str = "cpu", image_size: int = IMAGE_SIZES[0]
+) -> Problem:
+    """A network by name.
 
-    def parts(self) -> dict[str, Step]:
-        """Steps of Euler and conditions of the update, and the passes that are the least which they take."""
-        network = self.network()
-        vertices = find_vertices(network, "activations")
-        closed_form = PAPER
+    Args:
+        name: "mlp", "cnn" or "cnn-as-coded", the paper's; "resnet-18"; "transformer", a small GPT-2; "chain-N" for a
+            number N, so many linear layers of ``CHAIN_WIDTH`` units with tanh.
+        batch_size: at least 1; of the ResNet's small images at least 2.
+        image_size: height and width of the ResNet's images; the others' have the size of the paper's.
 
-        def forward() -> tuple[Tensor, list[Tensor]]:
-            activities: list[Tensor] = []
-            handles = [m.register_forward_hook(lambda m, args, y: activities.append(y)) for m in vertices]
-            output = network(self.inputs)
-            for handle in handles:
-                handle.remove()
-            return squared_error(output, self.targets), activities
+    Raises:
+        ValueError: an unknown name, or a minibatch that is too small.
+    """
+    check_name(name)
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    if name == RESNET and batch_size == 1 and image_size <= 32:
+        raise ValueError(
+            f"batch size must be at least 2 for {RESNET} on images of {image_size}×{image_size}, whose last batch norm "
+            "sees one pixel, got 1"
+        )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        if found := CHAIN.fullmatch(name):
+            return on_chain(int(found[1]), batch_size=batch_size, device=device)
+        memory_format = models.memory_format(name)
+        if name == TRANSFORMER:
+            tokens = text(batch_size)
+            problem = Problem(Logits(transformer()), tokens, tokens[:, 1:], _of_next_tokens)
+        elif name == RESNET:
+            images = torch.rand(batch_size, 3, image_size, image_size)
+            problem = Problem(Logits(resnet18()), images, _classes(batch_size), squared_error)
+        else:
+            images, targets = torch.rand(batch_size, *_IMAGES[name]), _classes(batch_size)
+            split = Split(images, targets.argmax(1))
+            network = models.build(name, Dataset("random", tuple("0123456789"), split, split), seed=0)
+            problem = Problem(network, images, targets, squared_error)
+        return problem.to(device, memory_format)
 
-        def forward_and_backward() -> None:
-            loss, activities = forward()
-            torch.autograd.grad(loss, activities)
 
-        def plain_forward() -> None:
-            network(self.inputs)
+def on_chain(
+    depth: int, *, width: int = CHAIN_WIDTH, batch_size: int = 64, device: torch.device | str = "cpu"
+) -> Problem:
+    """A chain of linear layers with tanh, each of so many units."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        problem = Problem(chain(depth, width), torch.rand(batch_size, width), _classes(batch_size), squared_error)
+        return problem.to(device, torch.contiguous_format)
 
-        kept_loss, kept_activities = forward()
 
-        def backward() -> None:
-            torch.autograd.grad(kept_loss, kept_activities, retain_graph=True)
+def _classes(batch_size: int) -> Tensor:
+    return functional.one_hot(torch.randint(10, (batch_size,)), 10).float()
 
-        return {
-            "forward": plain_forward,
-            "backward": backward,
-            "forward and backward": forward_and_backward,
-            "Euler steps": self._euler_steps(network, ALL_FROZEN),
-            "unfrozen Euler steps": self._euler_steps(network, Frozen(relaxation_derivative=False)),
-            **{f"condition {name}": self.training_step(closed_form, frozen) for name, frozen in UPDATES.items()},
-        }
 
-    def _euler_steps(self, network: nn.Module, frozen: Frozen) -> Step:
-        model = ActivationRelaxation(network, solver=PAPER.replay(), frozen=frozen)
-        for _ in range(2):  # the first pass learns where copies are needed
-            recording = model.record([self.inputs])
-        (output,) = recording.graph.outputs
-        recording.graph.drive_outputs([2 * (output.detach() - self.targets)])
-        euler, initial = PAPER.replay(), recording.graph.initial_states()
-
-        def step() -> None:
-            for _ in islice(euler.trajectory(recording.graph, initial), EULER_STEPS):
-                pass
-
-        return step
+def _of_next_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    return cross_entropy(logits[..., :-1], tokens)

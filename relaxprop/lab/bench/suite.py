@@ -1,142 +1,128 @@
-"""What a training step costs by every rule: time and peak memory, beside backpropagation's.
+"""What a training step costs by every rule beside backpropagation's: time, memory, operations, launches.
 
-May import: lab.bench.measuring, lab.bench.problems, lab.environment, lab.training.
+May import: vertices, lab.bench.against, lab.bench.counting, lab.bench.measuring, lab.bench.problems, lab.bench.records,
+lab.bench.steps, lab.training.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
-from pydantic import BaseModel
 
-from relaxprop.lab.bench.measuring import BASELINE, interleaved, peak_bytes, ratio
-from relaxprop.lab.bench.problems import EULER_STEPS, NUDGED, PREDICTIVE, RULE_STEPS, UPDATES, Problem, solvers
-from relaxprop.lab.environment import environment
+from relaxprop.lab.bench import counting
+from relaxprop.lab.bench.against import Rival
+from relaxprop.lab.bench.measuring import BASELINE, Step, interleaved, peak_bytes, quartiles, ratio, warm
+from relaxprop.lab.bench.problems import IMAGE_SIZES, PAPERS, Problem, build
+from relaxprop.lab.bench.records import Benchmark, Ratio, StepCost
+from relaxprop.lab.bench.steps import USUAL, Part, RuleName, SolverName, all_steps, parts
 from relaxprop.lab.training import expected_transients
+from relaxprop.vertices import Granularity
 
 
-class StepCost(BaseModel):
-    """Cost of one rule's training step: forward pass, relaxation phase, weight update."""
+@dataclass(frozen=True)
+class Plan:
+    """One network with all that trains it.
 
-    rule: str
-    milliseconds: float  # median
-    quartiles: tuple[float, float]  # of the milliseconds
-    time_ratio: float  # median of the ratios to backpropagation's step in the same round
-    peak_bytes: int  # most memory allocated at one time in the step, beyond what was there before it
-    memory_ratio: float  # to backpropagation's
+    Attributes:
+        model: as `problems.build` has it.
+        rules: None: all on the paper's networks, and Activation Relaxation on the others.
+        solvers: of Activation Relaxation.
+        vertices: what relaxes.
+        batch_size: samples in the minibatch.
+        device: where.
+        image_size: of the ResNet's images.
+        against: others' code that trains the same network.
+    """
 
+    model: str = "mlp"
+    _: KW_ONLY
+    rules: Sequence[RuleName] | None = None
+    solvers: Sequence[SolverName] = USUAL
+    vertices: Granularity = "activations"
+    batch_size: int = 64
+    device: torch.device | str = "cpu"
+    image_size: int = IMAGE_SIZES[0]
+    against: Sequence[Rival] = ()
 
-class Ratio(BaseModel):
-    """What a part of Activation Relaxation costs beside its least work."""
+    @property
+    def chosen(self) -> Sequence[RuleName]:
+        """The rules that are measured."""
+        if self.rules is not None:
+            return self.rules
+        return tuple(RuleName) if self.model in PAPERS else (RuleName.AR,)
 
-    what: str
-    least: str
-    ratio: float  # median of the ratios in the same round
+    def prepare(self) -> tuple[Problem, dict[str, Step]]:
+        """The problem, and its training steps by their names.
 
-
-class Benchmark(BaseModel):
-    """All rules on one model."""
-
-    command: str
-    model: str
-    batch_size: int
-    device: str
-    rounds: int
-    environment: dict[str, Any]
-    costs: list[StepCost]
-    ratios: list[Ratio]
+        Raises:
+            ValueError: if there is no such network, or a rule or others' code cannot train it.
+        """
+        problem = build(self.model, batch_size=self.batch_size, device=self.device, image_size=self.image_size)
+        steps = all_steps(problem, self.chosen, self.solvers, self.vertices)
+        for rival in self.against:
+            steps |= rival.steps(problem)
+        return problem, steps
 
 
 @expected_transients()
-def run(
-    model: str = "mlp",
-    *,
-    rounds: int = 100,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    command: str = "",
-    on_round: Callable[[], None] = lambda: None,
-) -> Benchmark:
-    """Measures the training step of backpropagation, of each solver and of the other rules on random images."""
-    problem = Problem(model, batch_size, device)
-    rules = {name: problem.training_step(solver) for name, solver in ({BASELINE: None} | solvers()).items()}
-    rules |= problem.other_rules()
-    steps = rules | problem.parts()
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    memory = {name: peak_bytes(step, device) for name, step in rules.items()}
-    times = interleaved(steps, rounds=rounds, device=device, on_round=on_round)
+def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda: None) -> Benchmark:
+    """Measures the training step of backpropagation, of each rule and solver, and of others' code.
+
+    Args:
+        plan: what is measured.
+        rounds: in each of which every step is taken once; at least 2.
+        on_round: called after each.
+
+    Raises:
+        ValueError: as `Plan.prepare` does.
+    """
+    problem, steps = plan.prepare()
+    beside, ratios = _parts(plan, problem)
+    warm(steps | beside)
+    counted = {name: _counts(step, plan.device) for name, step in steps.items()}
+    times = interleaved(steps | beside, rounds=rounds, device=plan.device, on_round=on_round)
     return Benchmark(
-        command=command,
-        model=model,
-        batch_size=batch_size,
-        device=str(device),
+        model=plan.model,
+        image_size=plan.image_size,
+        vertices=plan.vertices,
+        batch_size=plan.batch_size,
+        device=str(plan.device),
         rounds=rounds,
-        environment=environment(),
-        costs=[_cost(name, times, memory) for name in rules],
-        ratios=_ratios(times),
+        parameters=sum(p.numel() for p in problem.network.parameters()),
+        costs=[_cost(name, times, counted) for name in steps],
+        ratios=[Ratio(what=part.what, least=part.least, ratio=part.ratio(times)) for part in ratios],
     )
 
 
-def markdown(benchmark: Benchmark) -> str:
-    """The measurements as a table for a document."""
-    lines = ["| training step | median (ms) | time | peak memory |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {c.rule} | {c.milliseconds:.2f} | {c.time_ratio:.2f}× | {c.memory_ratio:.2f}× |" for c in benchmark.costs
-    ]
-    lines += ["", "| part | time |", "| --- | --- |"]
-    lines += [f"| {r.what} | {r.ratio:.2f} × {r.least} |" for r in benchmark.ratios]
-    return "".join(f"{line}\n" for line in lines)
+def _parts(plan: Plan, problem: Problem) -> tuple[dict[str, Step], list[Part]]:
+    """Those of the paper's networks, where what they are compared with is measured too."""
+    of_the_paper = plan.model in PAPERS and plan.vertices == "activations" and RuleName.AR in plan.chosen
+    return (
+        parts(problem, plan.chosen)
+        if of_the_paper and {SolverName.PAPER, SolverName.EULER} <= {*plan.solvers}
+        else ({}, [])
+    )
 
 
-def _cost(name: str, times: Mapping[str, list[float]], memory: Mapping[str, int]) -> StepCost:
-    seconds = times[name]
-    low, _, high = statistics.quantiles(seconds, n=4)
+def _counts(step: Step, device: torch.device | str) -> tuple[int, int, int | None]:
+    return peak_bytes(step, device), counting.operations(step), counting.launches(step, device)
+
+
+def _cost(name: str, times: dict[str, list[float]], counted: dict[str, tuple[int, int, int | None]]) -> StepCost:
+    peak, operations, launches = counted[name]
+    least_peak, least_operations, _ = counted[BASELINE]
+    low, high = quartiles(times[name])
     return StepCost(
         rule=name,
-        milliseconds=1e3 * statistics.median(seconds),
+        milliseconds=1e3 * statistics.median(times[name]),
         quartiles=(1e3 * low, 1e3 * high),
         time_ratio=ratio(times, name, BASELINE),
-        peak_bytes=memory[name],
-        memory_ratio=memory[name] / memory[BASELINE],
+        peak_bytes=peak,
+        memory_ratio=peak / least_peak,
+        operations=operations,
+        floor=operations / least_operations,
+        launches=launches,
     )
-
-
-def _ratios(times: Mapping[str, list[float]]) -> list[Ratio]:
-    baseline = next(name for name in times if name.startswith("ClosedForm(0"))
-    simulated = next(name for name in times if name.startswith("Euler("))
-    return [
-        Ratio(
-            what=f"a training step of {simulated}", least=f"one of {baseline}", ratio=ratio(times, simulated, baseline)
-        ),
-        Ratio(
-            what="a step of Euler",
-            least="an activation-only backward pass",
-            ratio=ratio(times, "Euler steps", "backward", per=EULER_STEPS),
-        ),
-        Ratio(
-            what="a step of Euler, the derivative unfrozen",
-            least="a forward and an activation-only backward pass",
-            ratio=ratio(times, "unfrozen Euler steps", "forward and backward", per=EULER_STEPS),
-        ),
-        *(
-            Ratio(
-                what=f"a training step under condition {name}",
-                least=f"one of {baseline} and a forward pass",
-                ratio=ratio(times, f"condition {name}", baseline, "forward"),
-            )
-            for name in UPDATES
-        ),
-        *(
-            Ratio(
-                what=f"a step of {name}, with its share of the training step",
-                least="a forward and an activation-only backward pass",
-                ratio=ratio(times, name, "forward and backward", per=steps),
-            )
-            for name, steps in ((PREDICTIVE, RULE_STEPS), (NUDGED, 2 * RULE_STEPS))
-        ),
-    ]
