@@ -13,7 +13,7 @@ import torch
 from relaxprop.lab.bench import counting, document, measuring, problems, scaling, startup, suite
 from relaxprop.lab.bench.records import Point, Scaling, Suite
 from relaxprop.lab.bench.scaling import Chain
-from relaxprop.lab.bench.steps import SOLVERS, USUAL, RuleName, SolverName, all_steps, label
+from relaxprop.lab.bench.steps import SOLVERS, USUAL, all_steps, label
 from relaxprop.lab.files import OutputError
 from relaxprop.vertices import Granularity
 
@@ -32,7 +32,7 @@ def test_every_rule_is_measured_against_backpropagation() -> None:
     rules = [cost.rule for cost in measured.costs]
     assert rules == [
         "backpropagation", "Equilibrium()", "ClosedForm()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)",
-        "DirectFeedback()", "DirectFeedback(target)", "PredictiveCoding(0.1, 10)", "EquilibriumPropagation(0.1, 10)",
+        "PredictiveCoding(0.1, 10)", "EquilibriumPropagation(0.1, 10)", "DirectFeedback()", "DirectFeedback(target)",
     ]  # fmt: skip
     assert measured.parameters == 356_910
     first = measured.costs[0]
@@ -52,17 +52,17 @@ def test_every_rule_is_measured_against_backpropagation() -> None:
 def test_operations_are_those_of_the_products(model: str, layers: tuple[int, ...], vertices: tuple[int, ...]) -> None:
     batch = 2
     problem = problems.build(model, batch_size=batch)
-    steps = all_steps(problem, (RuleName.AR, RuleName.DFA), USUAL, "activations")
+    steps = all_steps(problem, ("ar", "dfa"), USUAL)
     measuring.warm(steps)
     counted = {name: counting.operations(step) for name, step in steps.items()}
     exact = sweep(layers, batch)
     assert counted["backpropagation"] == exact
     assert counted["Equilibrium()"] == counted["ClosedForm()"] == exact
-    # A product with A passes the layers between the vertices. Horner's rule does as many as the last vertex is hops
-    # away from the first, and the one that has k before it is needed only at the vertices beyond the first k.
+    # A product with A passes the layers between the vertices. As many as there are hops from the last vertex to the
+    # first are enough, and one that has k more to come is needed only at the vertices beyond the first k.
     within = layers[1:-1]
     horner = sum(sum(within[k:]) for k in range(len(within)))
-    assert counted["ClosedForm(0.1, 100)"] == exact + 2 * batch * (horner - sum(within))
+    assert exact <= counted["ClosedForm(0.1, 100)"] <= exact + 2 * batch * (horner - sum(within))
     assert counted["Euler(0.1, 100)"] == exact + 2 * batch * 99 * sum(within)
     # Nothing is sent through layers: each vertex has its own weights from the 10 outputs.
     assert counted["DirectFeedback()"] == 2 * batch * (2 * sum(layers) + 10 * sum(vertices))
@@ -70,7 +70,7 @@ def test_operations_are_those_of_the_products(model: str, layers: tuple[int, ...
 
 def test_counting_leaves_a_pass_as_it_is() -> None:
     problem = problems.on_chain(3, width=4, batch_size=2)
-    steps = all_steps(problem, (RuleName.AR,), (SolverName.PAPER,), "activations")
+    steps = all_steps(problem, ("ar",), ("paper",))
     measuring.warm(steps)
     output = problem.network(problem.inputs).detach()
     for step in steps.values():
@@ -111,9 +111,7 @@ def test_peak_memory_is_the_most_at_one_time() -> None:
     ],
 )
 def test_other_networks_are_measured(model: str, vertices: Granularity, parameters: int) -> None:
-    measured = suite.run(
-        suite.Plan(model, solvers=(SolverName.EQUILIBRIUM,), vertices=vertices, batch_size=2), rounds=2
-    )
+    measured = suite.run(suite.Plan(model, solvers=("equilibrium",), vertices=vertices, batch_size=2), rounds=2)
     assert [(cost.rule, cost.floor) for cost in measured.costs] == [("backpropagation", 1), ("Equilibrium()", 1)]
     assert (measured.parameters, measured.vertices) == (parameters, vertices)
 
@@ -212,6 +210,17 @@ def test_every_exponent_is_explained() -> None:
     assert scaling.REASONS.keys() == {(q, s) for q in scaling.QUANTITIES for s in scaling.SIZES}
 
 
+def test_a_deep_chain_takes_no_more_products_than_hops_have_weight() -> None:
+    """As is said of PAPER's exponent in depth: near 2 below some 60 layers, then 1."""
+    counted = []
+    for depth in (70, 80):
+        steps = all_steps(problems.on_chain(depth, width=2, batch_size=1), ("ar",), ("paper",))
+        measuring.warm(steps)
+        counted.append(counting.operations(steps["ClosedForm(0.1, 100)"]) / (2 * 2**2))
+    # Ten layers more are ten products more forward and for the weights, and in each product with A.
+    assert counted[1] - counted[0] <= 10 * (2 + 60)
+
+
 # ------------------------------------------------------------------------------------------------------ start-up
 
 
@@ -252,9 +261,7 @@ def test_a_program_that_fails_is_no_measurement() -> None:
 @pytest.fixture(scope="module")
 def measured() -> Suite:
     """All parts: one is measured, the others are made up."""
-    benchmark = suite.run(
-        suite.Plan("chain-2", solvers=(SolverName.EQUILIBRIUM, SolverName.PAPER), batch_size=2), rounds=2
-    )
+    benchmark = suite.run(suite.Plan("chain-2", solvers=("equilibrium", "paper"), batch_size=2), rounds=2)
     points = made_up("backpropagation", 3) + made_up("Equilibrium()", 4)
     grown = Scaling(**Chain()._asdict(), device="cpu", rounds=2, points=points, exponents=scaling.exponents(points))
     starts = startup.starts({name: [1.0, 1.5] for name in startup.PROGRAMS})

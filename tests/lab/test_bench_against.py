@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from relaxprop.lab.bench import against, problems, suite
-from relaxprop.lab.bench.steps import RuleName, SolverName
 
 TORCH2PC = """
 import json
@@ -181,9 +180,7 @@ def test_both_are_measured_in_the_same_rounds(torch2pc: Path, authors: Path) -> 
     (authors / "elsewhere.py").rename(own / "TorchSeq2PC.py")
     rivals = [against.find(str(folder)) for folder in (own, authors)]
     assert [rival.name for rival in rivals] == ["Torch2PC", "the authors' code"]
-    measured = suite.run(
-        suite.Plan(solvers=(SolverName.EQUILIBRIUM,), rules=(RuleName.AR,), batch_size=2, against=rivals), rounds=2
-    )
+    measured = suite.run(suite.Plan(solvers=("equilibrium",), rules=("ar",), batch_size=2, against=rivals), rounds=2)
     names = [cost.rule for cost in measured.costs]
     assert names[:2] == ["backpropagation", "Equilibrium()"]
     assert names[2:] == [

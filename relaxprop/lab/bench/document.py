@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from relaxprop.lab.bench.measuring import BASELINE
 from relaxprop.lab.bench.problems import RESNET
 from relaxprop.lab.bench.records import Benchmark, Scaling, Start, Suite
-from relaxprop.lab.bench.scaling import QUANTITIES, REASONS, SIZES, amount
+from relaxprop.lab.bench.scaling import QUANTITIES, REASONS, amount
 from relaxprop.lab.files import OutputError, write_atomically
 from relaxprop.lab.report import plots
 from relaxprop.lab.report.tables import NamedTable, markdown_table
@@ -24,7 +24,7 @@ NOTES = {
     "time": "median over the rounds of the ratio to backpropagation's step in the same round",
     "memory": "most that is allocated at one time in a step, its ratio to backpropagation's",
     "operations": "floating-point operations of matrix products, convolutions and attentions, counted",
-    "floor": "their ratio to backpropagation's, which is the time ratio that arithmetic alone implies",
+    "floor": "their ratio to backpropagation's, which is the time ratio if arithmetic were all that takes time",
 }
 LAUNCHES = "kernels that a step launches on the GPU"
 
@@ -75,29 +75,28 @@ def notes(benchmarks: Sequence[Benchmark]) -> list[str]:
     return shown + ([f"launches: {LAUNCHES}"] if on_gpu else [])
 
 
-def scaling_table(scaling: Scaling) -> NamedTable:
-    """The exponents, by quantity and size a row, by rule a column."""
-    rules = list(dict.fromkeys(e.rule for e in scaling.exponents))
+def scaling_tables(scaling: Scaling) -> list[tuple[NamedTable, list[str]]]:
+    """The exponents of each quantity by rule and size, each table with the reasons for what is in it."""
     by_key = {(e.rule, e.quantity, e.size): e.exponent for e in scaling.exponents}
-    keys = [(q, s) for q in QUANTITIES for s in SIZES if (rules[0], q, s) in by_key]
-    rows = [(q, s, *(f"{by_key[rule, q, s]:.2f}" for rule in rules)) for q, s in keys]
-    return NamedTable(
-        f"exponents on chains (depth {scaling.depth}, width {scaling.width}, batch {scaling.batch_size} where it is "
-        f"not changed), {scaling.device}, {scaling.rounds} interleaved rounds",
-        ("exponent of", "in", *rules),
-        rows,
-    )
-
-
-def scaling_notes(scaling: Scaling) -> list[str]:
-    """The sizes that were measured, and why each exponent is what it is."""
+    rules, sizes = dict.fromkeys(e.rule for e in scaling.exponents), dict.fromkeys(e.size for e in scaling.exponents)
     found = []
-    for size in SIZES:
-        values = dict.fromkeys(p.value for p in scaling.points if p.size == size)
-        if values:
-            found.append(f"{size}: {', '.join(map(str, values))}")
-    shown = dict.fromkeys((e.quantity, e.size) for e in scaling.exponents)
-    return found + [f"{quantity} in {size}: {REASONS[quantity, size]}" for quantity, size in shown]
+    for quantity in QUANTITIES:
+        rows = [(rule, *(f"{by_key[rule, quantity, size]:.2f}" for size in sizes)) for rule in rules]
+        table = NamedTable(f"exponents of {quantity}", ("training step", *(f"in {size}" for size in sizes)), rows)
+        found.append((table, [f"{quantity} in {size}: {REASONS[quantity, size]}" for size in sizes]))
+    return found
+
+
+def scaling_title(scaling: Scaling) -> str:
+    """What was measured."""
+    changed = [
+        f"{size} {', '.join(str(value) for value in dict.fromkeys(p.value for p in scaling.points if p.size == size))}"
+        for size in dict.fromkeys(p.size for p in scaling.points)
+    ]
+    return (
+        f"Chains on {scaling.device}, {scaling.rounds} interleaved rounds: {'; '.join(changed)}; where it is not "
+        f"changed, depth {scaling.depth}, width {scaling.width}, batch size {scaling.batch_size}."
+    )
 
 
 def start_table(starts: Sequence[Start]) -> NamedTable:
@@ -127,19 +126,22 @@ def markdown(suite: Suite) -> str:
 def _sections(suite: Suite) -> Iterator[str]:
     for benchmark in suite.benchmarks:
         for table in cost_tables(benchmark):
-            yield from (f"{table.title}\n", markdown_table(table.columns, table.rows))
+            yield from (f"**{table.title}**\n", markdown_table(table.columns, table.rows))
     if suite.benchmarks:
         yield "".join(f"* {note}\n" for note in notes(suite.benchmarks))
     for scaling in suite.scaling:
-        table = scaling_table(scaling)
-        yield from (f"{table.title}\n", markdown_table(table.columns, table.rows))
-        yield "".join(f"* {note}\n" for note in scaling_notes(scaling))
+        yield f"{scaling_title(scaling)}\n"
+        for table, reasons in scaling_tables(scaling):
+            yield from (f"**{table.title}**\n", markdown_table(table.columns, table.rows))
+            yield "".join(f"* {reason}\n" for reason in reasons)
     if suite.starts:
         table = start_table(suite.starts)
-        yield from (f"{table.title}\n", markdown_table(table.columns, table.rows))
-    where = suite.environment
-    known = {name: where.get(name) for name in ("date", "processor", "cores", "threads", "gpu", "torch", "commit")}
-    yield f"`{suite.command}`: {', '.join(f'{name} {value}' for name, value in known.items() if value is not None)}\n"
+        yield from (f"**{table.title}**\n", markdown_table(table.columns, table.rows))
+    known = {name: suite.environment.get(name) for name in ("date", "processor", "cores", "threads", "gpu", "torch")}
+    where = [f"{name} {value}" for name, value in known.items() if value is not None]
+    if commit := suite.environment.get("commit"):
+        where.append(f"commit {commit}{'' if suite.environment.get('clean') else ', changed'}")
+    yield f"`{suite.command}`: {', '.join(where)}\n"
 
 
 def write(suite: Suite, folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ class StepCost(BaseModel):
     peak_bytes: int  # most memory allocated at one time in the step, beyond what was there before it
     memory_ratio: float  # to backpropagation's
     operations: int | None = None  # floating-point, counted; None in documents from before they were
-    floor: float | None = None  # their ratio to backpropagation's: the time ratio that arithmetic alone implies
+    floor: float | None = None  # their ratio to backpropagation's: the time ratio if arithmetic were all
     launches: int | None = None  # of kernels, on a GPU
 
 

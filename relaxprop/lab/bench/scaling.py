@@ -17,7 +17,7 @@ from relaxprop.lab.bench import counting
 from relaxprop.lab.bench.measuring import interleaved, peak_bytes, warm
 from relaxprop.lab.bench.problems import on_chain
 from relaxprop.lab.bench.records import Exponent, Point, Quantity, Scaling, Size
-from relaxprop.lab.bench.steps import USUAL, RuleName, SolverName, all_steps
+from relaxprop.lab.bench.steps import OWN, USUAL, all_steps
 from relaxprop.lab.training import expected_transients
 
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
@@ -27,37 +27,37 @@ SIZES: tuple[Size, ...] = get_args(Size)
 class Chain(NamedTuple):
     """The sizes of a chain and of its minibatch."""
 
-    depth: int = 8
+    depth: int = 4
     width: int = 128
     batch_size: int = 64
 
 
 BASE = Chain()
 CHANGED: dict[Size, Sequence[int]] = {
-    "depth": (8, 16, 32, 64, 128),
+    "depth": (4, 8, 16, 32, 64, 128),
     "width": (64, 128, 256, 512, 1024),
-    "batch size": (16, 64, 256, 1024, 4096),
+    "batch size": (16, 64, 256, 1024),
 }
 
 # Of each quantity and size, why it grows so. What is counted has these exponents where the size is large; what is
 # measured comes near them where arithmetic outweighs what a call of an operation costs by itself.
 REASONS: dict[tuple[Quantity, Size], str] = {
     ("time", "depth"): (
-        "every rule passes each layer at least once, so the exponent is 1 where a layer's cost dominates; PAPER's is "
-        "between 1 and 2 up to some 45 layers, as a layer k hops from the input takes part in k products with A, until "
-        "hops of that many have no weight in 100 steps of 0.1"
+        "each layer is passed as often in a deep chain as in a shallow one, which is exponent 1; but PAPER takes up to "
+        "D − 1 products with A (D: the depth), which is an exponent between 1 and 2, near 2 below some 60 layers: more "
+        "hops than that have no weight after 100 steps of 0.1, and no product"
     ),
     ("time", "width"): (
-        "a layer's products take width² multiplications, but a narrow layer's cost is that of calling them, which has "
-        "exponent 0: the wider the range, the nearer to 2"
+        "a layer's products take width² multiplications, which is exponent 2 in wide layers; in narrow ones a product "
+        "costs what its call costs, which is exponent 0"
     ),
     ("time", "batch size"): (
-        "every sample takes the same, which is exponent 1, beside calls of operations and the update of the weights, "
-        "which take the same for any minibatch"
+        "every sample takes the same, which is exponent 1 in large minibatches; in small ones calls and the update of "
+        "the weights outweigh it, which take the same for any minibatch"
     ),
     ("memory", "depth"): (
-        "each layer's activity, its state and the gradient of its weights are kept once, whatever the number of steps: "
-        "exponent 1"
+        "each layer's activity, its states and the gradient of its weights are kept once, however many steps there "
+        "are: exponent 1"
     ),
     ("memory", "width"): (
         "the weights' gradients grow as width², activities and states as width: the exponent is between 1 and 2, and "
@@ -68,20 +68,20 @@ REASONS: dict[tuple[Quantity, Size], str] = {
         "1, and the higher the more copies of the states a solver keeps"
     ),
     ("operations", "depth"): (
-        "counted: one forward and one backward product and one for the weights in each layer, exponent 1; a simulation "
-        "adds its 100 backward products in each, PAPER up to as many as there are hops with a weight"
+        "each layer takes one product forward, one backward and one for its weights, Euler 100 backward: exponent 1; "
+        "PAPER's is between 1 and 2, as its time's"
     ),
     ("operations", "width"): (
-        "counted: every product is of a width × width matrix, exponent 2 but for the readout, which has 10 outputs"
+        "every product is with a matrix of width × width, which is exponent 2, but for the readout's of 10 outputs"
     ),
-    ("operations", "batch size"): "counted: every product is done for each sample, exponent 1",
+    ("operations", "batch size"): "every product is done for each sample: exponent 1",
 }
 
 
 @expected_transients()
 def measure(
     *,
-    solvers: Sequence[SolverName] = USUAL,
+    solvers: Sequence[str] = USUAL,
     base: Chain = BASE,
     changed: Mapping[Size, Sequence[int]] = CHANGED,
     device: torch.device | str = "cpu",
@@ -110,13 +110,13 @@ def _points(
     size: Size,
     value: int,
     chain: Chain,
-    solvers: Sequence[SolverName],
+    solvers: Sequence[str],
     device: torch.device | str,
     rounds: int,
     on_round: Callable[[], None],
 ) -> list[Point]:
     problem = on_chain(chain.depth, width=chain.width, batch_size=chain.batch_size, device=device)
-    steps = all_steps(problem, (RuleName.AR,), solvers, "activations")
+    steps = all_steps(problem, (OWN,), solvers)
     warm(steps)
     times = interleaved(steps, rounds=rounds, device=device, on_round=on_round)
     return [

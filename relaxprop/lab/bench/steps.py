@@ -1,67 +1,37 @@
 """Training steps by every rule, and the parts of them whose cost is known.
 
-May import: frozen, public names, solvers, vertices, lab.bench.measuring, lab.bench.problems.
+May import: frozen, public names, solvers, vertices, lab.bench.measuring, lab.bench.problems, lab.rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from enum import StrEnum
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from relaxprop import (
-    PAPER,
-    ActivationRelaxation,
-    ClosedForm,
-    Continuous,
-    DirectFeedback,
-    Equilibrium,
-    EquilibriumPropagation,
-    Euler,
-    Frozen,
-    PredictiveCoding,
-)
+from relaxprop import PAPER, ActivationRelaxation, Euler, Frozen
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.lab.bench.measuring import BASELINE, Step, ratio
 from relaxprop.lab.bench.problems import Problem
+from relaxprop.lab.rules import OTHERS, called, wrap
+from relaxprop.solvers import SOLVERS as LIBRARY
 from relaxprop.solvers import Solver
 from relaxprop.vertices import Granularity, find_vertices
 
-
-class RuleName(StrEnum):  # Typer knows lists of an enumeration, not of literals
-    """A learning rule beside backpropagation, as a run's description has it."""
-
-    AR = "ar"
-    DFA = "dfa"
-    DRTP = "drtp"
-    PC = "pc"
-    EP = "ep"
-
-
-class SolverName(StrEnum):
-    """A solver of Activation Relaxation."""
-
-    EQUILIBRIUM = "equilibrium"
-    CLOSED_FORM = "closed-form"
-    PAPER = "paper"
-    EULER = "euler"
-    CONTINUOUS = "continuous"
-
-
-SOLVERS: dict[SolverName, Solver] = {
-    SolverName.EQUILIBRIUM: Equilibrium(),
-    SolverName.CLOSED_FORM: ClosedForm(),
-    SolverName.PAPER: PAPER,
-    SolverName.EULER: Euler(0.1, 100),
-    SolverName.CONTINUOUS: Continuous(),
+OWN = "ar"
+RULES = (OWN, *OTHERS)
+PAPERS_SOLVER = "paper"
+SOLVERS: dict[str, Solver] = {  # of Activation Relaxation, by name
+    **{name: kind() for name, kind in LIBRARY.items()},
+    "euler": Euler(0.1, 100),  # the paper's steps one by one
+    PAPERS_SOLVER: PAPER,
 }
-USUAL = tuple(SolverName)[:4]
+USUAL = ("equilibrium", "closed-form", PAPERS_SOLVER, "euler")
 EULER_STEPS = 10  # of which the mean is taken
 RULE_STEPS = 10  # of predictive coding, and of each phase of equilibrium propagation
 UPDATES = {"b": Frozen(update_derivative=False), "d": Frozen(update_activity=False)}  # the paper's conditions
@@ -74,12 +44,29 @@ def label(solver: Solver) -> str:
     return f"{type(solver).__name__}({shown})"
 
 
-_LABELS: dict[RuleName, str] = {
-    RuleName.DFA: "DirectFeedback()",
-    RuleName.DRTP: "DirectFeedback(target)",
-    RuleName.PC: f"PredictiveCoding(0.1, {RULE_STEPS})",
-    RuleName.EP: f"EquilibriumPropagation(0.1, {RULE_STEPS})",
-}
+def rule_label(rule: str) -> str:
+    """A rule's class, with its sizes and with what its name in the lab says."""
+    other, options = OTHERS[rule], _options(rule)
+    sizes = [options[name] for name in ("step_size", "num_steps") if name in options]
+    usual = {field.name: field.default for field in fields(other.settings)}
+    said = [value for name, value in other.fixed.items() if value != usual[name]]
+    return f"{other.wrapper.__name__}({', '.join(map(str, [*said, *sizes]))})"
+
+
+def _options(rule: str) -> dict[str, Any]:
+    other = OTHERS[rule]
+    return other.complete({"num_steps": RULE_STEPS} if "num_steps" in other.options else {})
+
+
+def check_names(rules: Sequence[str], solvers: Sequence[str]) -> None:
+    """Refuse what is not known.
+
+    Raises:
+        ValueError: if there is no such rule or solver, or solvers of no rule.
+    """
+    for what, names, known in (("rule", rules, RULES), ("solver", solvers, SOLVERS)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"{what} must be one of {', '.join(known)}, got {unknown[0]!r}")
 
 
 def training_step(problem: Problem, loss_of: Callable[[], Tensor]) -> Step:
@@ -110,31 +97,29 @@ def relaxation_step(
 
 
 def all_steps(
-    problem: Problem, rules: Sequence[RuleName], solvers: Sequence[SolverName], vertices: Granularity
+    problem: Problem, rules: Sequence[str], solvers: Sequence[str], vertices: Granularity = "activations"
 ) -> dict[str, Step]:
     """A training step of backpropagation and of every rule, by its name in the tables.
 
+    Args:
+        rules: of ``RULES``.
+        solvers: of ``SOLVERS``, for Activation Relaxation.
+        vertices: what relaxes.
+
     Raises:
-        ValueError: if the network has no such vertices, or a rule cannot train it.
+        ValueError: if a rule or a solver is unknown, the network has no such vertices, or a rule cannot train it.
     """
-    chosen = [SOLVERS[name] for name in solvers] if RuleName.AR in rules else []
+    check_names(rules, solvers)
+    chosen = [SOLVERS[name] for name in solvers] if OWN in rules else []
     steps = {BASELINE: relaxation_step(problem, None)}
     steps |= {label(solver): relaxation_step(problem, solver, vertices=vertices) for solver in chosen}
-    return steps | {_LABELS[rule]: _other(problem, rule, vertices) for rule in rules if rule != RuleName.AR}
+    return steps | {rule_label(rule): _other(problem, rule, vertices) for rule in rules if rule != OWN}
 
 
-def _other(problem: Problem, rule: RuleName, vertices: Granularity) -> Step:
-    network, x, t = problem.network, problem.inputs, problem.targets
-    options: dict[str, Any] = {"vertices": vertices}
-    if rule == RuleName.DFA:
-        direct = DirectFeedback(network, **options)
-        return training_step(problem, lambda: problem.loss(direct(x), t))
-    if rule == RuleName.DRTP:
-        projected = DirectFeedback(network, error="target", **options)
-        return training_step(problem, lambda: problem.loss(projected(x, target=t), t))
-    kind = PredictiveCoding if rule == RuleName.PC else EquilibriumPropagation
-    moving = kind(network, problem.loss, num_steps=RULE_STEPS, **options)
-    return training_step(problem, lambda: moving(x, target=t))
+def _other(problem: Problem, rule: str, vertices: Granularity) -> Step:
+    trained = wrap(rule, problem.network, _options(rule), problem.loss, seed=0, vertices=vertices)
+    more, loss_of = called(rule, problem.loss, problem.targets, problem.targets)
+    return training_step(problem, lambda: loss_of(trained(problem.inputs, **more)))
 
 
 class Part(NamedTuple):
@@ -157,7 +142,7 @@ class Part(NamedTuple):
         return ratio(times, self.step[0], *self.beside, per=self.step[1])
 
 
-def parts(problem: Problem, rules: Sequence[RuleName]) -> tuple[dict[str, Step], list[Part]]:
+def parts(problem: Problem, rules: Sequence[str]) -> tuple[dict[str, Step], list[Part]]:
     """Steps of Euler and conditions of the update, and the passes that are the least which they take.
 
     Their names are those of the other steps where the same is done: of PAPER's and Euler's training step.
@@ -180,7 +165,7 @@ def parts(problem: Problem, rules: Sequence[RuleName]) -> tuple[dict[str, Step],
 
     kept_loss, kept_activities = forward()
     both = "a forward and an activation-only backward pass"
-    paper, euler = label(PAPER), label(SOLVERS[SolverName.EULER])
+    paper, euler = label(PAPER), label(SOLVERS["euler"])
     steps = {
         "forward": lambda: network(problem.inputs),
         "backward": lambda: torch.autograd.grad(kept_loss, kept_activities, retain_graph=True),
@@ -197,11 +182,11 @@ def parts(problem: Problem, rules: Sequence[RuleName]) -> tuple[dict[str, Step],
     for name in UPDATES:
         step, least = f"condition {name}", f"one of {paper} and a forward pass"
         found.append(Part(f"a training step under {step}", least, (step, 1), (paper, "forward")))
-    relaxed: dict[RuleName, int] = {RuleName.PC: RULE_STEPS, RuleName.EP: 2 * RULE_STEPS}
-    for rule, times in relaxed.items():
+    for rule, phases in (("pc", 1), ("ep", 2)):
         if rule in rules:
-            shown = _LABELS[rule]
-            found.append(Part(f"a step of {shown}, with its share of the training step", both, (shown, times), (both,)))
+            shown = rule_label(rule)
+            what = f"a step of {shown}, with its share of the training step"
+            found.append(Part(what, both, (shown, phases * RULE_STEPS), (both,)))
     return steps, found
 
 

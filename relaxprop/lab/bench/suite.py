@@ -17,7 +17,7 @@ from relaxprop.lab.bench.against import Rival
 from relaxprop.lab.bench.measuring import BASELINE, Step, interleaved, peak_bytes, quartiles, ratio, warm
 from relaxprop.lab.bench.problems import IMAGE_SIZES, PAPERS, Problem, build
 from relaxprop.lab.bench.records import Benchmark, Ratio, StepCost
-from relaxprop.lab.bench.steps import USUAL, Part, RuleName, SolverName, all_steps, parts
+from relaxprop.lab.bench.steps import OWN, PAPERS_SOLVER, RULES, USUAL, Part, all_steps, parts
 from relaxprop.lab.training import expected_transients
 from relaxprop.vertices import Granularity
 
@@ -39,8 +39,8 @@ class Plan:
 
     model: str = "mlp"
     _: KW_ONLY
-    rules: Sequence[RuleName] | None = None
-    solvers: Sequence[SolverName] = USUAL
+    rules: Sequence[str] | None = None
+    solvers: Sequence[str] = USUAL
     vertices: Granularity = "activations"
     batch_size: int = 64
     device: torch.device | str = "cpu"
@@ -48,11 +48,11 @@ class Plan:
     against: Sequence[Rival] = ()
 
     @property
-    def chosen(self) -> Sequence[RuleName]:
+    def chosen(self) -> Sequence[str]:
         """The rules that are measured."""
         if self.rules is not None:
             return self.rules
-        return tuple(RuleName) if self.model in PAPERS else (RuleName.AR,)
+        return RULES if self.model in PAPERS else (OWN,)
 
     def prepare(self) -> tuple[Problem, dict[str, Step]]:
         """The problem, and its training steps by their names.
@@ -99,12 +99,8 @@ def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda:
 
 def _parts(plan: Plan, problem: Problem) -> tuple[dict[str, Step], list[Part]]:
     """Those of the paper's networks, where what they are compared with is measured too."""
-    of_the_paper = plan.model in PAPERS and plan.vertices == "activations" and RuleName.AR in plan.chosen
-    return (
-        parts(problem, plan.chosen)
-        if of_the_paper and {SolverName.PAPER, SolverName.EULER} <= {*plan.solvers}
-        else ({}, [])
-    )
+    of_the_paper = plan.model in PAPERS and plan.vertices == "activations" and OWN in plan.chosen
+    return parts(problem, plan.chosen) if of_the_paper and {PAPERS_SOLVER, "euler"} <= {*plan.solvers} else ({}, [])
 
 
 def _counts(step: Step, device: torch.device | str) -> tuple[int, int, int | None]:

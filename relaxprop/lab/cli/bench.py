@@ -17,7 +17,7 @@ import typer
 from relaxprop.lab.bench import against as others
 from relaxprop.lab.bench import document, problems, scaling, startup, suite
 from relaxprop.lab.bench.records import Suite
-from relaxprop.lab.bench.steps import USUAL, RuleName, SolverName
+from relaxprop.lab.bench.steps import OWN, RULES, SOLVERS, USUAL, check_names
 from relaxprop.lab.cli.options import (
     console,
     print_paths,
@@ -61,15 +61,19 @@ def bench(
         typer.Option(min=1, help="Samples in a minibatch; repeat it for several. (default: 64)"),
     ] = None,
     rule: Annotated[
-        list[RuleName] | None,
+        list[str] | None,
         typer.Option(
+            metavar=f"[{'|'.join(RULES)}]",
             help="Learning rule beside backpropagation; repeat it for several. (default: all on the paper's networks, "
-            "ar on the others)"
+            "ar on the others)",
         ),
     ] = None,
     solver: Annotated[
-        list[SolverName] | None,
-        typer.Option(help=f"Of the rule ar; repeat it for several. (default: {', '.join(USUAL)})"),
+        list[str] | None,
+        typer.Option(
+            metavar=f"[{'|'.join(SOLVERS)}]",
+            help=f"Of the rule ar; repeat it for several. (default: {', '.join(USUAL)})",
+        ),
     ] = None,
     vertices: Annotated[
         Granularity | None, typer.Option(help="What relaxes in training steps. (default: activations)")
@@ -113,7 +117,11 @@ def bench(
         _refuse_given(of_steps, "without --what steps")
     if chosen == [What.START_UP]:
         _refuse_given({"--solver": solver, "--device": device}, "with --what start-up alone")
-    if solver and rule and RuleName.AR not in rule:
+    with usage_errors("--rule"):
+        check_names(rule or (), ())
+    with usage_errors("--solver"):
+        check_names((), solver or ())
+    if solver and rule and OWN not in rule:
         raise typer.BadParameter(f"it has no effect with --rule {rule[0]}, only with --rule ar", param_hint="--solver")
     models = list(dict.fromkeys(model or ["mlp"]))
     with usage_errors("--model"):
@@ -191,8 +199,10 @@ def print_suite(measured: Suite) -> None:
             print_table(*table)
     told = document.notes(measured.benchmarks) if measured.benchmarks else []
     for found in measured.scaling:
-        print_table(*document.scaling_table(found))
-        told += document.scaling_notes(found)
+        console.print(document.scaling_title(found), soft_wrap=True, highlight=False)
+        for table, reasons in document.scaling_tables(found):
+            print_table(*table)
+            told += reasons
     if measured.starts:
         print_table(*document.start_table(measured.starts))
     for note in told:

@@ -208,11 +208,15 @@ def step_costs(panels: Mapping[str, Mapping[str, tuple[float, float, float | Non
     rows = [max(1, len(rules)) for rules in panels.values()]
     figure = _figure(9, 0.3 * sum(rows) + 0.8 * len(rows) + 0.8)
     all_axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows).flatten()
-    kinds = ((COLOURS[0], "o", "time"), (COLOURS[1], "s", "memory"), (COLOURS[2], "|", "operations: the floor of time"))
+    kinds = (
+        (COLOURS[0], "o", "time"),
+        (COLOURS[1], "s", "memory"),
+        (COLOURS[2], "|", "operations (floor)"),
+    )
     for axes, (name, rules) in zip(all_axes, panels.items(), strict=True):
         for place, ratios in enumerate(rules.values()):
             for ratio, (colour, marker, _) in zip(ratios, kinds, strict=True):
-                if ratio:  # without a layer, nothing is counted
+                if ratio is not None:
                     axes.plot(ratio, place, marker, color=colour, markersize=12 if marker == "|" else 5)
         axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(rules)), list(rules), fontsize="small")
