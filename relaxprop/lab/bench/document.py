@@ -46,8 +46,8 @@ def cost_tables(benchmark: Benchmark) -> list[NamedTable]:
         [
             (
                 c.rule,
-                f"{c.milliseconds:.2f}",
-                f"{c.quartiles[0]:.2f}-{c.quartiles[1]:.2f}",
+                _short(c.milliseconds),
+                f"{_short(c.quartiles[0])}-{_short(c.quartiles[1])}",
                 f"{c.time_ratio:.2f}×",
                 f"{c.peak_bytes / 1024:.0f}",
                 f"{c.memory_ratio:.2f}×",
@@ -65,6 +65,10 @@ def cost_tables(benchmark: Benchmark) -> list[NamedTable]:
         rows = [(r.what, f"{r.ratio:.2f} × {r.least}") for r in benchmark.ratios]
         found.append(NamedTable(f"{about}: parts", ("part", "time"), rows))
     return found
+
+
+def _short(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
 def notes(benchmarks: Sequence[Benchmark]) -> list[str]:
