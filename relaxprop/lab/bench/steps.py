@@ -62,7 +62,7 @@ def check_names(rules: Sequence[str], solvers: Sequence[str]) -> None:
     """Refuse what is not known.
 
     Raises:
-        ValueError: if there is no such rule or solver, or solvers of no rule.
+        ValueError: if there is no such rule or solver.
     """
     for what, names, known in (("rule", rules, RULES), ("solver", solvers, SOLVERS)):
         if unknown := [name for name in names if name not in known]:
