@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import FrameType
 from typing import Any, TypeGuard, cast
 
@@ -23,12 +23,15 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.utils import parametrize
 
 # Nested structures: PyTorch has no public name, and Hugging Face registers its output classes with this one.
+# What PyTorch does beneath the functions that it announces can be watched in a documented way that has no public name.
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "GRAPH_FREED",
     "LEAF_OVERWRITTEN",
+    "OperationMode",
     "accumulated_hooks",
     "arg_tree_leaves",
     "arrived_hooks",
@@ -45,6 +48,7 @@ __all__ = [
     "hook_accumulated",
     "hook_arrived",
     "hook_calls",
+    "hooks_on_all_modules",
     "hooks_registered",
     "in_forward_mode",
     "in_transform",
@@ -55,6 +59,7 @@ __all__ = [
     "is_leaf_node",
     "is_opaque",
     "is_tracing",
+    "is_undisturbed",
     "is_view",
     "leaf_of",
     "may_be_compiled",
@@ -68,7 +73,9 @@ __all__ = [
     "tree_parts",
     "unhook_calls",
     "version",
+    "versions",
     "with_backward_hooks",
+    "written_by",
 ]
 
 
@@ -256,6 +263,47 @@ _CHECKPOINT = "torch.utils.checkpoint"
 _TOP_HOOKS: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
+def is_undisturbed() -> bool:
+    """Whether PyTorch does now what it does by default: there is no autocast, no transform, and nothing that packs what
+    is saved for the backward pass. Before PyTorch 2.8 nothing tells the last.
+    """
+    return not (
+        _TOP_HOOKS is None
+        or _TOP_HOOKS(True) is not None
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+        or in_transform()
+        or in_forward_mode()
+    )
+
+
+class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """``TorchDispatchMode``, whose ``__torch_dispatch__`` sees every operation in its thread, those of derivatives too.
+
+    PyTorch keeps its compiler out of each such mode by a wrapper, which imports the compiler; that takes a second.
+    """
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def written_by(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Those of its arguments that an operation which an `OperationMode` sees writes into. Only its schema tells."""
+    found = []
+    for i, name in _written(operation):
+        found.append(args[i] if i < len(args) else kwargs.get(name))
+    return [x for x in tree_leaves(found) if isinstance(x, Tensor)] if found else []
+
+
+@cache
+def _written(operation: Any) -> list[tuple[int, str]]:
+    """The arguments that are written into, by place and name; the schema takes long to tell."""
+    schema = operation._schema
+    written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    # What can be given by name only has no place.
+    return [(sys.maxsize if a.kwarg_only else i, a.name) for i, a in written]
+
+
 # ----------------------------------------------------------------------------------------------- nested structures
 
 
@@ -271,6 +319,11 @@ def tree_parts(nested: Any) -> tuple[list[Any] | None, Callable[[list[Any]], Any
 def version(x: Tensor) -> int:
     """How often the tensor's memory was written to. ``torch.autograd.graph`` can only increment it in public."""
     return x._version
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """The `version` of each; none of them may have been made for inference."""
+    return [x._version for x in tensors]
 
 
 def is_view(x: Tensor) -> bool:
@@ -378,6 +431,12 @@ def backward_class(function: type[torch.autograd.Function]) -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Whether hooks run before or after the module's forward. They can be registered in public, but not seen."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def hooks_on_all_modules() -> bool:
+    """Whether there are hooks that PyTorch runs at every module's call. They can be registered in public, but not
+    seen."""
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def hook_calls(modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:

@@ -4,7 +4,7 @@ A forward hook on each vertex's module, or a function mode that sees every opera
 there and hands a detached stand-in on in its place. In the feedforward pass the stand-in has the tensor's own value, x̄;
 where something is not frozen the model is run again with the stand-ins set to the states.
 
-May import: derivatives, graph, kept, nested, operations, sight, unrelaxed, vertices, _pytorch.
+May import: derivatives, graph, kept, nested, operations, replay, sight, unrelaxed, vertices, _pytorch.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from relaxprop.nested import (
     tensors_requiring_grad,
 )
 from relaxprop.operations import EachOperation
+from relaxprop.replay import Calls
 from relaxprop.sight import Sight, hooked_unseen, refuse_nested_differentiation
 from relaxprop.unrelaxed import inside
 from relaxprop.vertices import Hooked
@@ -78,6 +79,8 @@ class Writes:
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
         repeated: whether a pass was run again at its own activities and found to be the same.
+        replays: whether a step can be done by its operations alone (`replay`), with the same outcome as by the model;
+            None before that was tried.
         watched: how the last pass began. One that begins likewise need not be watched for what the model would see
             wrongly of itself (`Sight`): with as many hooks, in the same mode, told the same.
     """
@@ -85,6 +88,7 @@ class Writes:
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
     repeated: bool = False
+    replays: bool | None = None
     watched: object = None
 
     def learn(self, run: Run) -> None:
@@ -213,6 +217,7 @@ class Run:
         writes: what is handed on as a copy.
         recorded: the vertices of the feedforward pass, where this is another run.
         values: of these vertices, in their order; by default what the model computes.
+        written_down: where the operations of the run are written down, if they are.
 
     Attributes:
         vertices: in the order in which they were computed.
@@ -223,12 +228,18 @@ class Run:
     """
 
     def __init__(
-        self, cut: Cut, writes: Writes, recorded: Sequence[Vertex] = (), values: Sequence[Tensor] | None = None
+        self,
+        cut: Cut,
+        writes: Writes,
+        recorded: Sequence[Vertex] = (),
+        values: Sequence[Tensor] | None = None,
+        written_down: Calls | None = None,
     ) -> None:
         self.cut = cut
         self.writes = writes
         self.recorded = recorded
         self.values = values
+        self.written_down = written_down
         self.vertices: list[Vertex] = []
         self.outputs: list[Tensor] = []
         self.layers: list[Layer] = []
@@ -254,12 +265,15 @@ class Run:
         sight = None
         if self.begins != self.writes.watched and not torch.compiler.is_compiling():  # where no mode can be entered
             sight = Sight(self.model, lambda: {id(v.stand_in) for v in self.vertices}, partial(self._given, arguments))
+        down = self.written_down
+        cut_output = self._cut_output if down is None else down.aside(self._cut_output)
         token = recorded_switches.set(self.switches)
         try:
             with (
                 arguments.handed_on(self._hand_on_input) as (args, kwargs),
                 layers,
-                Hooked(cut.modules, self._cut_output, self),
+                Hooked(cut.modules, cut_output, self),
+                down or _NOTHING,
                 sight or _NOTHING,
                 operations,
             ):
@@ -358,6 +372,9 @@ class Run:
             mark(stand_in, origin, self._module)
         tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
+        if self.written_down is not None:
+            is_vertex = bool(self.vertices) and self.vertices[-1].stand_in is stand_in
+            self.written_down.hands_on(tensor, vertex=is_vertex)
         return tensor
 
     def _given(self, arguments: Arguments, x: Tensor) -> Tensor | None:

@@ -23,7 +23,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import NamedTuple, final
+from typing import NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,20 @@ class Cotangents(NamedTuple):
     values: Sequence[Tensor]
 
 
+# What is made of a linearisation and of the states, by PyTorch alone; None where nothing depends on them.
+Function = Callable[[Linearisation, States], Sequence[Tensor | None]]
+
+
+class Anew(Protocol):
+    """The model run again at given states (`rerun`)."""
+
+    def __call__(self, states: States, *, layers: bool = False) -> Linearisation: ...
+
+    def compute(
+        self, states: States, function: Function, key: object, beside: Sequence[Tensor | None], times: int = 1
+    ) -> Sequence[Tensor | None]: ...
+
+
 class Graph:
     """A recorded forward pass.
 
@@ -113,7 +127,7 @@ class Graph:
         clamped: bool = True,
         from_zero: bool = False,
         masked: bool = False,
-        linearise: Callable[[States], Linearisation] | None = None,
+        linearise: Anew | None = None,
     ) -> None:
         self.stored = stored
         self.recorded = list(stored.cuts)
@@ -246,6 +260,18 @@ class Graph:
         """Where (1) takes its Jacobians."""
         return self.stored if self._linearise is None else self._linearise(states)
 
+    def compute(self, states: States, function: Function, key: object, times: int = 1) -> Sequence[Tensor | None]:
+        """What a function makes of the states and of the linearisation there, in a nonlinear relaxation.
+
+        Args:
+            states: of the vertices.
+            function: of a linearisation and the states; beside these it reads ∂L/∂(outputs) alone.
+            key: functions of one key make the same.
+            times: how often: if more than once, the function makes the states of the next time.
+        """
+        assert self._linearise is not None
+        return self._linearise.compute(states, function, key, self._output_cotangents, times)
+
     def source(self, at: Linearisation | None = None) -> States:
         """s: what reaches each vertex from ∂L/∂(outputs) through no other vertex."""
         if at is not None and at is not self.stored:
@@ -288,13 +314,17 @@ class Graph:
 
     def drive(self, states: States) -> States:
         """A x + s at every vertex, the Jacobians taken where (1) takes them."""
-        at = self.linearise(states)
-        if at is self.stored:
-            arriving, source = self.transport(states), self.source()
-            for v, s in source.items():
-                arriving[v] = arriving[v] + s if v in arriving else s
-        else:
-            arriving = self._arriving(self.cotangents(states, at), self.vertices, at)
+        if not self.is_linear:
+            found = self.compute(states, lambda at, states: [*self.drive_at(at, states).values()], "drive")
+            return cast(States, dict(zip(self.vertices, found, strict=True)))
+        arriving = self.transport(states)
+        for v, s in self.source().items():
+            arriving[v] = arriving[v] + s if v in arriving else s
+        return {v: arriving[v] if v in arriving else v.zeros() for v in self.vertices}
+
+    def drive_at(self, at: Linearisation, states: States) -> States:
+        """A x + s at every vertex, the Jacobians taken at a given linearisation."""
+        arriving = self._arriving(self.cotangents(states, at), self.vertices, at)
         return {v: arriving[v] if v in arriving else v.zeros() for v in self.vertices}
 
     def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:

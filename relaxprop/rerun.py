@@ -1,29 +1,55 @@
 """The model run again as it was in the feedforward pass, every vertex set to its state.
 
+The first step of a relaxation phase writes down what is computed of the states. Where it is plain which operations that
+takes, the later ones do them alone (`replay`): no module is called, and no graph is recorded.
+
 Dropout draws the feedforward pass's own masks in every later run, batch norm's statistics and all other states of the
 model are updated once (`snapshot`), autocast and the training mode are what they were. What cannot be put back is
 refused: parameters and inputs that were changed in place since, and states that no snapshot reaches.
 
-May import: _pytorch, cutting, graph, nested, snapshot, vertices.
+May import: _pytorch, cutting, graph, nested, replay, snapshot, vertices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from operator import is_
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relaxprop._pytorch import version
+from relaxprop._pytorch import backward_hooks, has_hooks, hooks_on_all_modules, is_compiled, is_undisturbed, versions
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
-from relaxprop.graph import Linearisation, States, Vertex
+from relaxprop.graph import Function, Linearisation, States, Vertex
 from relaxprop.nested import tensors_in
+from relaxprop.replay import Calls, Program, Results, times_written
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import Hooked, does_as_its_class_says, find_layers
+
+_NOTHING = nullcontext()
+
+
+class _Step(NamedTuple):
+    """What was written down of a function of these vertices' states; None where it is not plain."""
+
+    vertices: Sequence[Vertex]
+    key: object
+    beside: Sequence[Tensor | None]
+    layouts: Sequence[tuple[torch.dtype, tuple[int, ...]]]  # of the vertices' activities
+    program: Program | None
+
+    def is_of(self, states: States, key: object, beside: Sequence[Tensor | None]) -> bool:
+        return (
+            self.key == key
+            and self.vertices == [*states]
+            and len(self.beside) == len(beside)
+            and all(map(is_, self.beside, beside))
+        )
 
 
 class Rerun:
@@ -50,6 +76,7 @@ class Rerun:
         self.recorded: Sequence[Vertex] = ()
         self.stored = Linearisation({}, ())
         self.unchanged: Mapping[nn.Module, Sequence[HandedOn]] = {}
+        self._step: _Step | None = None
 
     @contextmanager
     def watching(self, run: Run) -> Iterator[None]:
@@ -89,27 +116,116 @@ class Rerun:
         """
         self.recorded, self.stored = recorded, stored
         if not self.writes.repeated:
-            self._check_repeated(self._run({}))
+            self._check_repeated(self._run({}, layers=True))
             self.writes.repeated = True
 
-    def __call__(self, states: States) -> Linearisation:
+    def __call__(self, states: States, *, layers: bool = False) -> Linearisation:
         """The model run again; a vertex without a state keeps its activity.
+
+        Args:
+            states: of the vertices.
+            layers: whether the layers are noted.
 
         Raises:
             RuntimeError: if the model took another path than in the feedforward pass, or what it read has changed.
         """
-        return self._run(states).linearisation()
+        return self._run(states, layers=layers).linearisation()
 
-    def _run(self, states: States) -> Run:
+    def compute(
+        self, states: States, function: Function, key: object, beside: Sequence[Tensor | None], times: int = 1
+    ) -> Results:
+        """What a function makes of the model run again at given states, and of the states.
+
+        Args:
+            states: of the vertices.
+            function: called with the linearisation and the states; it does nothing but call PyTorch.
+            key: two functions of one key make the same.
+            beside: what the function reads, the model and the states aside.
+            times: how often: if more than once, the function makes the states of the next time.
+
+        Raises:
+            RuntimeError: as a call.
+        """
+        results: Results = ()
+        for left in range(times, 0, -1):
+            step = self._step
+            if step is None or not step.is_of(states, key, beside):
+                results = self._first(states, function, key, beside)
+            elif step.program is None or not step.program.holds:
+                results = function(self(states), states)
+            elif self.writes.replays:
+                return self._replayed(step, step.program, states, left)
+            else:
+                expected, results = function(self(states), states), self._replayed(step, step.program, states, 1)
+                self.writes.replays = all(map(_alike, results, expected))
+                if not self.writes.replays:
+                    self._step, results = step._replace(program=None), expected
+            if left > 1:
+                states = cast(States, dict(zip(states, results, strict=True)))
+        return results
+
+    def _replayed(self, step: _Step, program: Program, states: States, times: int) -> Results:
+        self.surroundings.check()
+        given: list[Any] = [*states.values()]
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+            for _ in range(times):
+                if [(x.dtype, x.stride()) for x in given] != step.layouts:
+                    given = [_laid_out_as(v.stand_in, x) for v, x in zip(states, given, strict=True)]
+                given = program(given)
+        self.surroundings.check()
+        return given
+
+    def _first(self, states: States, function: Function, key: object, beside: Sequence[Tensor | None]) -> Results:
+        """The same by the model, what it takes written down where it can be."""
+        layouts = [(v.stand_in.dtype, v.stand_in.stride()) for v in states]
+        self._step = _Step([*states], key, beside, layouts, None)
+        if not self._calls_nothing_else() or any(x.dtype != v.stand_in.dtype for v, x in states.items()):
+            return function(self(states), states)
+        # In memory of their own, so that nothing else is taken for them.
+        own = {v: _laid_out_as(v.stand_in, x).clone() for v, x in states.items()}
+        try:
+            still = [v.stand_in for v in self.recorded if v not in own]
+            given = [x for x in beside if x is not None]
+            calls = Calls([*own.values()], [*self.surroundings.fixed, *still, *given])
+            at = self._run(own, written_down=calls).linearisation()
+            results = calls.then(partial(function, at, own))
+            stand_ins = {id(w.stand_in) for w in at.cuts.values()}
+            ends = [*(w.output for w in at.cuts.values()), *(y for y in at.outputs if id(y) not in stand_ins)]
+            program = calls.program(results, ends, given)
+        except Exception:  # where it is watched, not all is possible that a model may do
+            program, results = None, function(self(states), states)
+        if program is None:
+            self.writes.replays = False
+        self._step = self._step._replace(program=program)
+        return results
+
+    def _calls_nothing_else(self) -> bool:
+        """Whether the model may be no more than the calls that it makes: not where others run at a module's call."""
+        return not (
+            self.writes.replays is False
+            or self.surroundings.draws
+            or self.surroundings.has_autocast
+            or self.cut.operations
+            or not is_undisturbed()
+            or torch.compiler.is_compiling()
+            or hooks_on_all_modules()
+            or any(has_hooks(m) or any(backward_hooks(m)) or is_compiled(m) for m in self.module.modules())
+        )
+
+    def _run(self, states: States, *, layers: bool = False, written_down: Calls | None = None) -> Run:
         values = [_laid_out_as(v.stand_in, states[v]) if v in states else v.stand_in for v in self.recorded]
-        run = Run(self.cut, self.writes, self.recorded, values)
+        run = Run(
+            self.cut if layers else self.cut._replace(layers=()), self.writes, self.recorded, values, written_down
+        )
         # What was written to since has to be computed again.
         unchanged = {m: calls for m, calls in self.unchanged.items() if not any(x.overwritten for x in calls)}
         with self.surroundings.restored(), _returning(unchanged), torch.enable_grad():
+            if written_down is not None:
+                written_down.knows([*self.module.buffers(), *(x.tensor for given in unchanged.values() for x in given)])
             run.call(self.module, self.arguments.copied())
         if (
             len(run.vertices) != len(self.recorded)
-            or len(run.layers) != len(self.stored.layers)
+            or (layers and len(run.layers) != len(self.stored.layers))
             or [x.shape for x in run.outputs] != [x.shape for x in self.stored.outputs]
         ):
             raise other_path()
@@ -126,6 +242,10 @@ class Rerun:
                     f"frozen: run again at the activities of the feedforward pass, the model does not compute {what} "
                     f"as it did there, {but_for(self.surroundings.shared)}; or leave everything frozen"
                 )
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else alike(one, other)
 
 
 @contextmanager
@@ -194,12 +314,17 @@ class Surroundings:
         self.before = Snapshot(module, inputs)
         self.inputs = inputs
         self.fixed = [*parameters, *inputs]
-        self.versions = [_version(x) for x in self.fixed]
+        self._note_versions()
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in (("cpu", "cuda") if self.before.devices else ("cpu",))
         ]
         self.draws = False
+
+    @property
+    def has_autocast(self) -> bool:
+        """Whether the pass ran in lower precision."""
+        return any(enabled for _, _, enabled in self.autocast)
 
     @property
     def shared(self) -> Sequence[str]:
@@ -212,13 +337,33 @@ class Surroundings:
             ValueError: if the model wrote into its input, so that the input is gone.
         """
         for x, then in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
-            if _version(x) != then:
+            if times_written(x) != then:
                 raise ValueError(
                     f"frozen: the model writes in place into {self._name(x)}, so it cannot be run again on it, as "
                     "what is unfrozen needs: let the model work on a copy (x = x.clone())"
                 )
         self.draws = self.before.passed()
-        self.versions = [_version(x) for x in self.fixed]
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self.versions = [times_written(x) for x in self.fixed]
+        self._counted = [x for x in self.fixed if not x.is_inference()]
+        self._counts = versions(self._counted)
+
+    def check(self) -> None:
+        """Refuse another run where it would not find what the forward pass found.
+
+        Raises:
+            RuntimeError: if a parameter or an input was changed in place since the forward pass.
+        """
+        if versions(self._counted) == self._counts:
+            return
+        for x, then in zip(self.fixed, self.versions, strict=True):
+            if times_written(x) != then:
+                raise RuntimeError(
+                    f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
+                    "for what is unfrozen: call backward() before optimizer.step(), and change copies"
+                )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -227,12 +372,7 @@ class Surroundings:
         Raises:
             RuntimeError: if a parameter or an input was changed in place since the forward pass.
         """
-        for x, then in zip(self.fixed, self.versions, strict=True):
-            if _version(x) != then:
-                raise RuntimeError(
-                    f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
-                    "for what is unfrozen: call backward() before optimizer.step(), and change copies"
-                )
+        self.check()
         with ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):
@@ -243,8 +383,3 @@ class Surroundings:
     def _name(self, tensor: Tensor) -> str:
         names = {id(p): f"the parameter {name!r}" for name, p in self.module.named_parameters()}
         return names.get(id(tensor), f"an input of shape {tuple(tensor.shape)}")
-
-
-def _version(x: Tensor) -> int:
-    """How often the tensor was written to; those made for inference do not count that."""
-    return 0 if x.is_inference() else version(x)

@@ -25,14 +25,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, lru_cache
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from relaxprop.graph import Graph, States, Vertex
+from relaxprop.graph import Graph, Linearisation, States, Vertex
 from relaxprop.html import table
 from relaxprop.transients import (
     UPDATE_PROBABILITY,
@@ -223,7 +223,9 @@ class Euler(_Stepped):
         earliest = math.inf
         if self.tolerance is not None and graph.depth:
             earliest = steps_to_converge(graph.depth, float(self.step_size), self.tolerance, order=self.order)
-        for following, drive in self.trajectory(graph, initial):
+        if not graph.is_linear and self.tolerance is None and self.order != "asynchronous":
+            states, steps = self._after(graph, initial, num_steps), num_steps
+        for following, drive in self.trajectory(graph, initial) if not steps else ():
             previous, states, steps = states, following, steps + 1
             reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
             if reached or steps == num_steps:
@@ -231,6 +233,24 @@ class Euler(_Stepped):
         hops = discrete_hops(graph.depth, float(self.step_size), steps, self.order)
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
+
+    def _after(self, graph: Graph, states: States, num_steps: int) -> States:
+        """The last states of the `trajectory` of a nonlinear relaxation, of whose way nobody asks."""
+
+        def step(at: Linearisation, states: States) -> list[Tensor]:
+            def settle(vertex: Vertex, arriving: Tensor) -> Tensor:
+                return torch.lerp(states[vertex], arriving, float(self.step_size))
+
+            if self.order == "sequential":
+                following = graph.sweep(settle, at)
+            else:
+                following = {v: settle(v, drive) for v, drive in graph.drive_at(at, states).items()}
+            return [following[v] for v in graph.vertices]
+
+        if not states:
+            return states
+        found = graph.compute(states, step, (self.order, self.step_size), num_steps)
+        return cast(States, dict(zip(graph.vertices, found, strict=True)))
 
     def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""

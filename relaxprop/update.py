@@ -22,7 +22,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from relaxprop._pytorch import arrived_hooks, is_leaf_node, leaf_of
 from relaxprop.derivatives import updating
 from relaxprop.frozen import Frozen
-from relaxprop.graph import Cotangents, Gradients, Graph, Linearisation, States, vector_jacobian_product
+from relaxprop.graph import Anew, Cotangents, Gradients, Graph, Linearisation, States, vector_jacobian_product
 
 
 class Update(NamedTuple):
@@ -33,14 +33,14 @@ class Update(NamedTuple):
         frozen: where the factors of (2) are taken.
         inputs: what stands in the graph for the inputs that require grad. Their errors are the relaxation phase's, (1).
         parameters: those that the result was computed from.
-        rerun: the model run again at given states; None where everything is frozen.
+        rerun: the model run again at given states, its layers noted where so asked; None where everything is frozen.
     """
 
     graph: Graph
     frozen: Frozen
     inputs: Sequence[Tensor]
     parameters: Sequence[Tensor]
-    rerun: Callable[[States], Linearisation] | None = None
+    rerun: Anew | None = None
 
     def __call__(self, states: States, *, retain_graph: bool = True) -> Gradients:
         """The gradients; None for a tensor that the loss does not depend on.
@@ -52,7 +52,7 @@ class Update(NamedTuple):
         stored = current = graph.stored
         if not (frozen.update_derivative and frozen.update_activity) or (inputs and not frozen.relaxation_derivative):
             assert self.rerun is not None
-            current = self.rerun(states)
+            current = self.rerun(states, layers=frozen.splits_update)
         relaxation = stored if frozen.relaxation_derivative or not inputs else current
         derivative = stored if frozen.update_derivative else current
         activity = stored if frozen.update_activity else current

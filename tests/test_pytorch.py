@@ -258,6 +258,71 @@ def test_without_the_stack_of_hooks_the_running_functions_tell(monkeypatch: pyte
     test_is_checkpointed()
 
 
+def test_is_undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = _pytorch._TOP_HOOKS is not None
+    assert _pytorch.is_undisturbed() is known
+    contexts: list[Any] = [
+        torch.autocast("cpu", torch.bfloat16),
+        save_on_cpu(),
+        forward_ad.dual_level(),
+    ]
+    for context in contexts:
+        with context:
+            assert not _pytorch.is_undisturbed()
+    found = list[bool]()
+    torch.func.vmap(lambda x: found.append(_pytorch.is_undisturbed()) or x)(torch.eye(2))  # type: ignore[func-returns-value]
+    checkpoint(lambda x: found.append(_pytorch.is_undisturbed()) or x, leaf(2), use_reentrant=False)  # type: ignore[func-returns-value]
+    assert found == [False, False]
+    assert _pytorch.is_undisturbed() is known
+    monkeypatch.setattr(_pytorch, "_TOP_HOOKS", None)
+    assert not _pytorch.is_undisturbed()
+
+
+def test_every_operation_is_watched_beneath_the_functions() -> None:
+    class Seen(_pytorch.OperationMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append((func.overloadpacket.__name__, set(func.tags)))
+            return func(*args, **(kwargs or {}))
+
+    seen = list[tuple[str, set[torch.Tag]]]()
+    x = leaf(2, 2)
+    with Seen():  # type: ignore[no-untyped-call]
+        y = nn.functional.linear(x, x).sum()
+        y.item()
+        (x > 0).nonzero()
+    assert y.grad_fn is not None
+    assert [name for name, _ in seen] == ["t", "mm", "sum", "_local_scalar_dense", "gt", "nonzero"]
+    assert torch.Tag.data_dependent_output in seen[3][1]
+    assert torch.Tag.dynamic_output_shape in seen[5][1]
+
+
+def test_watching_operations_imports_no_compiler() -> None:
+    code = (
+        "import torch; from relaxprop import _pytorch\n"
+        "class Seen(_pytorch.OperationMode):\n"
+        "    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return func(*args, **(kwargs or {}))\n"
+        "with Seen(): torch.ones(2) + 1\n"
+        "print(_pytorch.may_be_compiled())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]
+
+
+def test_what_an_operation_writes_into() -> None:
+    class Seen(_pytorch.OperationMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            written.append([x.data_ptr() for x in _pytorch.written_by(func, args, kwargs or {})])
+            return func(*args, **(kwargs or {}))
+
+    x, y, written = torch.ones(2, 2), torch.ones(2, 2), list[list[int]]()
+    with Seen():  # type: ignore[no-untyped-call]
+        x.add_(y)
+        torch.mm(x, y)
+        torch.mm(x, x, out=y)
+        torch._foreach_add_([x, y], 1.0)
+    assert written == [[x.data_ptr()], [], [y.data_ptr()], [x.data_ptr(), y.data_ptr()]]
+
+
 def test_version_counts_writes() -> None:
     x = torch.zeros(3)
     alias, view, before = x.detach(), x[1:], _pytorch.version(x)
@@ -267,6 +332,7 @@ def test_version_counts_writes() -> None:
     assert _pytorch.version(x) == before + 1
     x.data.add_(1)
     assert _pytorch.version(x) == before + 1  # such writes are not counted
+    assert _pytorch.versions([x, view]) == [before + 1, before + 1]
 
 
 def test_views_and_their_bases() -> None:
@@ -504,6 +570,21 @@ def test_a_module_has_hooks() -> None:
         assert _pytorch.has_hooks(module)
         handle.remove()
     assert not _pytorch.has_hooks(module)
+
+
+def test_hooks_on_all_modules() -> None:
+    module = torch.nn.modules.module
+    for register in (
+        module.register_module_forward_hook,
+        module.register_module_forward_pre_hook,
+        module.register_module_full_backward_hook,
+        module.register_module_full_backward_pre_hook,
+    ):
+        assert not _pytorch.hooks_on_all_modules()
+        handle = register(lambda *_: None)
+        assert _pytorch.hooks_on_all_modules()
+        handle.remove()
+    assert not _pytorch.hooks_on_all_modules()
 
 
 def test_cached_weights_are_set_aside() -> None:

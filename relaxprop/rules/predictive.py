@@ -20,7 +20,7 @@ May import: finite, frozen, graph, nested, recording, rule, rules.base, transien
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -379,31 +379,35 @@ class _Moving:
 
     def descend(self, graph: Graph, settings: EnergySettings) -> _Rest:
         """(a), n steps of it."""
-        eta = float(settings.step_size)
-        activities = {v: v.stand_in.detach().to(v.zeros().dtype) for v in graph.vertices}
-        at, states = graph.stored, {v: v.zeros() for v in graph.vertices}  # ε = 0 at x̄
-        drive: Mapping[Any, Tensor | None] = {}
-        for _ in range(settings.num_steps):
-            drive = self._drive(graph, states, at)
-            moves = {v: x if (d := drive[v]) is None else x - d.to(x.dtype) for v, x in states.items()}
-            activities = {v: y.add(moves[v], alpha=eta) for v, y in activities.items()}
-            at = self.rerun(activities)
-            states = {v: at.cuts[v].output.detach() - y for v, y in activities.items()}
+        eta, vertices = float(settings.step_size), graph.vertices
+
+        def moved(at: Linearisation, activities: States) -> list[Tensor | None]:
+            states = _errors(at, activities)
+            return _moves(states, self._drive(graph, states, at))
+
+        activities = {v: v.stand_in.detach().to(v.zeros().dtype) for v in vertices}
+        # At x̄ all ε are 0.
+        found: Sequence[Tensor | None] = _moves({v: v.zeros() for v in vertices}, self._drive(graph, {}, graph.stored))
+        for step in range(settings.num_steps):
+            if step:
+                found = self.rerun.compute(activities, moved, "moves", graph.output_cotangents)
+            steps = zip(activities.items(), found, strict=False)
+            activities = {v: y if move is None else y.add(move, alpha=eta) for (v, y), move in steps}
+        at = self.rerun(activities)
+        states = _errors(at, activities)
         energy = residual = None
         if settings.check_finite:
             check_states(graph, states, ADVICE)
             energy = 0.5 * sum([float(x.abs().square().sum()) for x in states.values()])
             self._check_energy(graph, at, energy)
-            parts = [(float(moves[v].norm()), d) for v, d in drive.items()]
-            sizes = [(size, 0.0 if d is None else float(d.norm())) for size, d in parts]
-            residual = max([a / b if b else math.inf if a else 0.0 for a, b in sizes], default=0.0)
+            sizes = [0.0 if x is None else float(x.norm()) for x in found]
+            pairs = zip(sizes[: len(vertices)], sizes[len(vertices) :], strict=True)
+            residual = max([a / b if b else math.inf if a else 0.0 for a, b in pairs], default=0.0)
         return _Rest(states, at, energy, residual)
 
-    def _drive(self, graph: Graph, states: States, at: Linearisation) -> dict[Any, Tensor | None]:
+    def _drive(self, graph: Graph, states: States, at: Linearisation) -> Gradients:
         """A(v) x + s(v); None where nothing arrives."""
-        onto = graph.vertices
-        given = graph.cotangents({} if at is graph.stored else states, at)  # where x = 0
-        return dict(zip(onto, vector_jacobian_product(given, [at.cuts[v].stand_in for v in onto]), strict=True))
+        return vector_jacobian_product(graph.cotangents(states, at), [at.cuts[v].stand_in for v in graph.vertices])
 
     def _check_energy(self, graph: Graph, at: Linearisation, energy: float) -> None:
         """Refuse a phase in which F has risen, where (a) goes down F: not along other backwards weights.
@@ -438,6 +442,17 @@ class _Moving:
             energy=max(energies) if energies else None,
             residual=max([r.residual for r in rests if r.residual is not None], default=None),
         )
+
+
+def _errors(at: Linearisation, activities: States) -> States:
+    """x = −ε = f(v) − v."""
+    return {v: at.cuts[v].output.detach() - y for v, y in activities.items()}
+
+
+def _moves(states: States, drive: Gradients) -> list[Tensor | None]:
+    """dv/dt at every vertex, and then the drive in it."""
+    moves = [x if d is None else x - d.to(x.dtype) for x, d in zip(states.values(), drive, strict=True)]
+    return [*moves, *drive]
 
 
 def _loss(graph: Graph, outputs: Sequence[Tensor]) -> float:
