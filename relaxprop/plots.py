@@ -53,7 +53,7 @@ def convergence_curves(result: Convergence, *, ax: Axes | None = None) -> Axes:
         if not name.endswith("weight"):
             continue
         steps = np.arange(len(measured))
-        (line,) = ax.plot(steps, measured, label=name)
+        (line,) = ax.plot(steps, measured, label=name if measured.any() else f"{name} (exact from the start)")
         some = slice(None, None, max(1, len(steps) // 20))
         ax.plot(steps[some], result.predicted[name][some], "o", color=line.get_color(), markersize=4, fillstyle="none")
     ax.plot([], [], "o", color="grey", markersize=4, fillstyle="none", label="predicted")
