@@ -33,8 +33,10 @@ __all__ = [
     "arg_tree_leaves",
     "arrived_hooks",
     "asks_for_node",
+    "at_end_of_backward",
     "backward_class",
     "backward_hooks",
+    "backward_pass",
     "base",
     "deepcopy",
     "engine_calls",
@@ -104,6 +106,22 @@ def run_backward(
 
 
 _ENGINE = torch.autograd.Variable._execution_engine
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Within a backward pass: calls the function when the pass is over. What it raises, ``backward()`` raises.
+
+    There is no public name. Without it whatever is looked at at every vertex makes a GPU wait there.
+    """
+    _ENGINE.queue_callback(function)
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that is running now; −1 outside of one.
+
+    There is no public name: PyTorch's own hooks on several tensors tell by it that a new pass has begun.
+    """
+    return torch._C._current_graph_task_id()
 
 
 def graph_is_kept() -> bool:

@@ -6,13 +6,13 @@ May import: graph, solvers, _pytorch.
 from __future__ import annotations
 
 import cmath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-from relaxprop._pytorch import is_batched
+from relaxprop._pytorch import at_end_of_backward, backward_pass, is_batched
 from relaxprop.graph import Graph, States
 from relaxprop.solvers import Solver
 
@@ -111,19 +111,55 @@ def _overflowed(graph: Graph, states: States) -> str | None:
 
 
 def _first_not_finite(states: States) -> str | None:
-    # A finite sum has finite terms: only where it is not, a closer look is needed. All sums are under way before the
-    # first is read, so that a GPU is waited for once.
-    sums = [x.sum() for x in states.values()]
-    if cmath.isfinite(sum([total.item() for total in sums])):
+    # A finite sum has finite terms: only where it is not, a closer look is needed.
+    if cmath.isfinite(sum(_numbers([x.sum() for x in states.values()]))):
         return None
     return next((v.name for v, x in states.items() if not x.isfinite().all()), None)
 
 
-def check_gradient(vertex: str, x: Tensor | None) -> None:
-    """Refuse a gradient that is infinite or not a number; None where the loss reads another part of an operation only.
+def _numbers(scalars: Sequence[Tensor]) -> list[complex]:
+    """What stands in tensors of one number each, in any order; each device is waited for once."""
+    if not any(is_away(x) for x in scalars):
+        return [x.item() for x in scalars]
+    alike: dict[object, list[Tensor]] = {}
+    for x in scalars:
+        alike.setdefault((x.device, x.dtype), []).append(x)
+    return [number for group in alike.values() for number in torch.stack(group).tolist()]
 
-    Raises:
-        NonFiniteStateError: if it is; the error names the vertex.
+
+def is_away(x: Tensor) -> bool:
+    """Whether the processor has to wait for what a tensor holds, as another device is still computing it."""
+    return x.device.type != "cpu"
+
+
+class GradientCheck:
+    """Refuses gradients that are infinite or not a number, in one backward pass after the other.
+
+    On the processor at once, at the first vertex that is reached; on other devices when the pass ends, so that they are
+    waited for once and not at every vertex.
     """
-    if x is not None and not is_batched(x) and not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
-        raise NonFiniteStateError(vertex, None)
+
+    def __init__(self) -> None:
+        self._pass = -1
+        self._away: list[tuple[str, Tensor]] = []  # in this pass, by the vertex's name, whether all is finite
+
+    def __call__(self, vertex: str, x: Tensor | None) -> None:
+        """Look at a gradient; None where the loss reads another part of an operation only.
+
+        Raises:
+            NonFiniteStateError: if it is not finite; the error names the vertex.
+        """
+        if x is None or is_batched(x):
+            return
+        if is_away(x):
+            if (now := backward_pass()) != self._pass:  # the last may have ended by an error
+                self._pass, self._away = now, []
+                at_end_of_backward(self._end)
+            self._away.append((vertex, x.isfinite().all()))
+        elif not cmath.isfinite(x.sum().item()) and not x.isfinite().all():
+            raise NonFiniteStateError(vertex, None)
+
+    def _end(self) -> None:
+        looked_at, self._away, self._pass = self._away, [], -1
+        if not all(_numbers([finite for _, finite in looked_at])):
+            raise NonFiniteStateError(next(vertex for vertex, finite in looked_at if not finite), None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from relaxprop._pytorch import hook_arrived, in_transform
 from relaxprop.derivatives import differs_by_phase
-from relaxprop.finite import check_finite, check_gradient, in_float16
+from relaxprop.finite import GradientCheck, check_finite, in_float16
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
@@ -299,17 +299,18 @@ class ActivationRelaxation(LearningRule):
         vertices = choose_vertices(self.module, parts, settings.vertices) if look else {}
         called: set[nn.Module] = set()
         scaled = False  # whether infinities are left to a gradient scaler
+        check = GradientCheck()
 
-        def check(name: str, x: Tensor | None) -> None:
+        def look_at(name: str, x: Tensor | None) -> None:
             if not scaled:
-                check_gradient(name, x)
+                check(name, x)
 
         def watch(tensor: Tensor, name: str) -> Tensor:
             nonlocal scaled
             if in_transform():  # nobody knows what a transform of torch.func makes of a hook
                 return tensor
             scaled = scaled or in_float16([tensor])
-            hook_arrived(tensor, partial(check, name))
+            hook_arrived(tensor, partial(look_at, name))
             return tensor
 
         def at_vertex(module: nn.Module, args: Any, output: Any) -> None:

@@ -77,6 +77,41 @@ def test_graph_is_kept_where_the_pass_was_asked_to() -> None:
     assert Asks.answers == [True, False, True, False]
 
 
+def test_what_is_to_be_called_at_the_end_of_a_pass_is_called_there_and_may_refuse() -> None:
+    x, told = leaf(2), list[object]()
+    y = x.sin()
+
+    def hook(gradient: Tensor) -> None:
+        _pytorch.at_end_of_backward(lambda: told.append(None if x.grad is None else x.grad.clone()))
+        told.append(x.grad)
+
+    y.register_hook(hook)  # type: ignore[no-untyped-call]
+    y.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    before, after = told
+    assert before is None
+    assert torch.equal(after, x.cos().detach())  # type: ignore[arg-type]
+
+    def refuse() -> None:
+        raise FloatingPointError("named")
+
+    y.register_hook(lambda gradient: _pytorch.at_end_of_backward(refuse))  # type: ignore[no-untyped-call]
+    with pytest.raises(FloatingPointError, match="named"):
+        y.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_backward_pass_has_a_number_of_its_own() -> None:
+    x, numbers = leaf(2), list[int]()
+    y = x.sin()
+    for z in (y, y.sin()):
+        z.register_hook(lambda gradient: numbers.append(_pytorch.backward_pass()))  # type: ignore[no-untyped-call]
+    (loss := y.sin().sum()).register_hook(lambda gradient: numbers.append(_pytorch.backward_pass()))  # type: ignore[no-untyped-call]
+    for _ in range(2):
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    first, same, second, again = numbers
+    assert first == same != second == again
+    assert min(numbers) >= 0 > _pytorch.backward_pass()
+
+
 class Looks(torch.autograd.Function):
     """Its input; asks ``_pytorch.engine_calls`` in its backward pass."""
 

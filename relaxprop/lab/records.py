@@ -310,6 +310,8 @@ def sort(runs: Sequence[Run], name: str, *, descending: bool = False) -> list[Ru
     if runs and not any(name in run.fields for run in runs):
         names = dict.fromkeys(n for run in runs for n in run.fields)
         raise ValueError(f"field must be one of {', '.join(names)}, got {name!r}")
+    if name == "id":  # the usual case, without the price of looking for it in every description
+        return sorted(runs, key=lambda run: run.id, reverse=descending)
     with_it = [run for run in runs if run.fields.get(name) is not None]
     numbers = all(isinstance(run.fields[name], int | float) for run in with_it)
     with_it.sort(key=lambda run: run.fields[name] if numbers else str(run.fields[name]), reverse=descending)
@@ -319,10 +321,18 @@ def sort(runs: Sequence[Run], name: str, *, descending: bool = False) -> list[Ru
 def differing(runs: Sequence[Run]) -> list[str]:
     """What of each run's description is not as in most of the runs, of the fields that its name does not tell."""
     told = {"dataset", "model", "rule", "seed", "epochs"}
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    first = runs[0].described if runs else {}
+    # Most are like the first, and to write down the value of each would take most of the time.
+    alike: Counter[str] = Counter()
+    counts = defaultdict(Counter[str], {name: Counter({repr(value): 0}) for name, value in first.items()})
     for run in runs:
         for name, value in run.described.items():
-            counts[name][repr(value)] += 1
+            if name in first and type(value) is type(first[name]) and value == first[name]:
+                alike[name] += 1
+            else:
+                counts[name][repr(value)] += 1
+    for name, many in alike.items():
+        counts[name][repr(first[name])] += many
     usual = {
         # What less than half of them have at all is usually not there.
         name: counted.most_common(1)[0][0] if 2 * counted.total() > len(runs) else None

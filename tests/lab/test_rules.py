@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +200,53 @@ def test_pixels_are_repeated() -> None:
 def test_learning_rates_are_chosen_by_the_held_out_images() -> None:
     names, runs = [], []
     for name, accuracies in {"dfa": (0.1, 0.7, 0.9, 0.9, 0.2), "ar": (0.8, 0.3, 0.2, 0.1, 0.1)}.items():
-        for rate, accuracy in zip(GRID, accuracies, strict=True):
+        for rate, accuracy in zip(GRID[2:7], accuracies, strict=True):
             config = RunConfig(learning_rate=rate, validation=10)
             metrics = EpochMetrics(epoch=1, train_loss=float("nan"), test_accuracy=accuracy, seconds=1)
             names.append(name)
             runs.append(FinishedRun(config, [metrics], {}))
-    assert rules.chosen_rates(names, runs) == {"dfa": GRID[2], "ar": GRID[0]}
+    assert rules.chosen_rates(names, runs) == {"dfa": GRID[4], "ar": GRID[2]}
+
+
+def test_the_search_goes_on_until_the_best_rate_lies_between_two_others() -> None:
+    first = rules.first_rates(["dfa", "ep"])
+    assert first == dict.fromkeys(("backprop", "ep", "dfa"), GRID[4:7])
+    assert list(first) == ["backprop", "ep", "dfa"]
+    best = {"backprop": GRID[5], "ep": GRID[4], "dfa": GRID[6]}
+    second = rules.further_rates(first, best)
+    assert second == {"backprop": GRID[4:7], "ep": GRID[3:7], "dfa": GRID[4:8]}
+    assert rules.further_rates(second, best) == second
+    assert rules.further_rates(second, best | {"ep": GRID[3]})["ep"] == GRID[2:7]
+    ends = {"backprop": GRID[:2], "ep": GRID[-2:]}
+    assert rules.further_rates(ends, {"backprop": GRID[0], "ep": GRID[-1]}) == ends
+
+
+def test_every_run_of_the_search_is_computed_before_its_rate_is_chosen(digits: Dataset, tmp_path: Path) -> None:
+    """A landscape that is made up: the best rate of the one is the grid's least, of the other in the first three."""
+    best, told = {"backprop": GRID[5], "drtp": GRID[0]}, list[float]()
+
+    def compute(names: Sequence[str], configs: Sequence[RunConfig]) -> list[FinishedRun]:
+        found = []
+        for name, config in zip(names, configs, strict=True):
+            assert config.validation == 64 or config.learning_rate == best[name]
+            if name == "drtp" and config.validation:
+                told.append(config.learning_rate)
+            accuracy = 0.9 - abs(GRID.index(config.learning_rate) - GRID.index(best[name])) / 100
+            metrics = EpochMetrics(epoch=1, train_loss=1, test_accuracy=accuracy, seconds=1)
+            found.append(FinishedRun(config, [metrics], {}))
+        return found
+
+    found, _ = rules.compare_rivals(
+        "mlp", digits, compute, seeds=2, epochs=1, only=["drtp"], threads=1, folder=tmp_path, command="made up"
+    )
+    assert {row.name: row.rate for row in found.rows} == best
+    assert set(told) == set(GRID[:7])
+    assert "at the grid's edge: drtp" in found.notes[0]
 
 
 def test_search_and_comparison_are_planned_apart(digits: Dataset) -> None:
-    searched = rules.search_runs("mlp", digits, epochs=2)
-    assert len(searched) == len({config.id for _, config in searched}) == len(RIVALS) * len(GRID)
+    searched = rules.search_runs("mlp", digits, rules.first_rates(), epochs=2)
+    assert len(searched) == len({config.id for _, config in searched}) == len(RIVALS) * 3
     assert {config.validation for _, config in searched} == {64}
     planned = rules.compared_runs("cnn", digits, dict.fromkeys(RIVALS, 0.001), seeds=3, epochs=2)
     assert len(planned) == len({config.id for _, config in planned}) == len(RIVALS) * 3
@@ -217,7 +254,7 @@ def test_search_and_comparison_are_planned_apart(digits: Dataset) -> None:
     assert {config.enlarged for _, config in planned} == {2}
     assert not {config.seed for _, config in planned} & {config.seed for _, config in searched}
     with refuses(ValueError, "condition must be one of backprop, ar", "got 'x'"):
-        rules.search_runs("mlp", digits, epochs=2, only=["x"])
+        rules.first_rates(["x"])
 
 
 def test_what_is_not_local(digits: Dataset) -> None:
@@ -256,6 +293,17 @@ def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_pat
     assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") == text
     assert gather([tmp_path / "out"]).figures
+    (tmp_path / "out").rename(tmp_path / "mlp")
+    outcome = CliRunner().invoke(app, ["table", str(tmp_path)], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 0, outcome.output
+    head, _, first, *lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert head == "| rule | MLP | not local | cost |"
+    assert first.startswith(f"| Backpropagation | {reference.accuracy} % | memory of x̄, weight transport | 1.0× |")
+    for line, row in zip(lines, found.rows[1:], strict=True):
+        assert row.difference is not None
+        low, high = row.difference.interval
+        shown = f"{100 * row.difference.mean:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+        assert line == f"| {row.title} | {shown} | {', '.join(row.not_local)} | {row.cost:.1f}× |"
 
 
 def made(folder: Path) -> Path:

@@ -65,10 +65,13 @@ def table(
     Records older than this command lack the accuracy at chance: they are completed once, from the data set.
     """
     for folder in folders:
-        if rules.is_of_rivals(folder):
-            rivals, paths = rules.write_rivals(folder)
-            print_rivals(rivals)
-            print_paths(paths)
+        if networks := [folder] if rules.is_of_rivals(folder) else rules.networks_in(folder):
+            for network in networks:
+                rivals, paths = rules.write_rivals(network)
+                print_rivals(rivals)
+                print_paths(paths)
+            if networks != [folder]:
+                print_paths([rules.write_together(folder)])
             continue
         complete(_with_records(folder), lambda name: load_dataset(name, data_dir))
         figure, paths = write_figure(folder)

@@ -239,6 +239,7 @@ def _reproduce_rules(
         )
         print_rivals(found)
         print_paths(paths)
+    print_paths([rules.write_together(folder)])
 
 
 def _computed(

@@ -1,8 +1,9 @@
 """The rivals on the same network: every learning rule, and every rule of backwards weights, at its own learning rate.
 
-First each of them is trained once at every learning rate of a small grid, on four fifths of the training images, and
-the rate is taken at which it classifies the last fifth best. No test image is looked at for that. Then all are trained
-from the same starts and on the same minibatches, seed by seed.
+First each of them is trained at learning rates of a small grid, on four fifths of the training images, and the rate is
+taken at which it classifies the last fifth best. The search begins in the grid's middle, and goes on until the rates
+next to the best have been tried. No test image is looked at for that. Then all are trained from the same starts and on
+the same minibatches, seed by seed.
 
 May import: public names, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
 lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.stats, lab.store, lab.training.
@@ -35,7 +36,8 @@ from relaxprop.lab.training import wrapped_by
 
 TITLE = "the rivals on the same network"
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
-GRID = (0.0002, 0.0005, 0.001, 0.002, 0.004)  # learning rates on the summed squared error
+GRID = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # learning rates on the summed squared error
+FIRST = GRID[4:7]  # that are tried
 SEARCH_SEED = 1000  # none of the seeds that are compared
 HELD_OUT = 5  # one of so many training images
 SEARCH = "search.jsonl"
@@ -74,15 +76,37 @@ def enlargement(model: str, dataset: Dataset) -> int:
 
 
 def search_runs(
-    model: ModelName, dataset: Dataset, *, epochs: int, only: Sequence[str] = (), threads: int = 1
+    model: ModelName, dataset: Dataset, rates: Mapping[str, Sequence[float]], *, epochs: int, threads: int = 1
 ) -> list[tuple[str, RunConfig]]:
     """The runs by which learning rates are chosen, with the names of their conditions."""
     held_out = len(dataset.train) // HELD_OUT
     return [
         (name, _run(name, model, dataset, epochs, threads, SEARCH_SEED, rate, validation=held_out))
-        for name in _chosen(only)
-        for rate in GRID
+        for name, tried in rates.items()
+        for rate in tried
     ]
+
+
+def first_rates(only: Sequence[str] = ()) -> dict[str, tuple[float, ...]]:
+    """By condition, the learning rates that the search begins with.
+
+    Raises:
+        ValueError: if a condition is unknown.
+    """
+    check_names(only)
+    return dict.fromkeys([name for name in RIVALS if not only or name in only or name == REFERENCE], FIRST)
+
+
+def further_rates(tried: Mapping[str, Sequence[float]], best: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
+    """By condition, the rates to be tried so that the best has been compared with those next to it in the grid."""
+    return {
+        name: tuple(
+            rate
+            for i, rate in enumerate(GRID)
+            if rate in rates or best[name] in (GRID[max(i - 1, 0)], GRID[min(i + 1, len(GRID) - 1)])
+        )
+        for name, rates in tried.items()
+    }
 
 
 def chosen_rates(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, float]:
@@ -115,11 +139,6 @@ def check_names(only: Sequence[str]) -> None:
     """
     if unknown := [name for name in only if name not in RIVALS]:
         raise ValueError(f"condition must be one of {', '.join(RIVALS)}, got {unknown[0]!r}")
-
-
-def _chosen(only: Sequence[str]) -> list[str]:
-    check_names(only)
-    return [name for name in RIVALS if not only or name in only or name == REFERENCE]
 
 
 def _run(
@@ -201,6 +220,11 @@ def is_of_rivals(folder: Path) -> bool:
     return (folder / SEARCH).exists()
 
 
+def networks_in(folder: Path) -> list[Path]:
+    """The folders within, by network, that hold this experiment's records."""
+    return [folder / model for model in MODELS if is_of_rivals(folder / model)]
+
+
 def read_rivals(folder: Path) -> Rivals:
     """The table's rows, from the kept records alone.
 
@@ -226,8 +250,8 @@ def read_rivals(folder: Path) -> Rivals:
     edges = [row.name for row in rows if row.rate in (min(GRID), max(GRID))]
     notes = [
         f"learning rate: of {', '.join(f'{rate:g}' for rate in GRID)}, the one with the highest accuracy on a fifth of "
-        f"the training images that was held out in a run of its own (seed {SEARCH_SEED})"
-        + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""),
+        f"the training images that was held out in a run of its own (seed {SEARCH_SEED}); searched for from the middle "
+        "on, until the rates next to it were tried" + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""),
         "difference: of the final test accuracy to backpropagation's, seed by seed, with its 95 % interval",
         "alignment: cosine to backpropagation's gradient on the first minibatch of the last epoch, mean over the "
         "weight matrices, and that of the matrix next to the input",
@@ -298,6 +322,33 @@ def _interval(difference: Mean | None) -> str:
     return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
+def write_together(folder: Path) -> Path:
+    """Makes one table of the networks whose results are in the folder, from their records; gives the file."""
+    networks = [read_rivals(network) for network in networks_in(folder)]
+    by_name = [{row.name: row for row in network.rows} for network in networks]
+    last = by_name[-1]
+    columns = ("rule", *(network.about.split(", ")[1] for network in networks), "not local", "cost")
+    cells = [
+        (
+            row.title,
+            *(_with_interval(rows[row.name]) if row.name in rows else "" for rows in by_name),
+            ", ".join(row.not_local),
+            f"{row.cost:.1f}×",
+        )
+        for row in last.values()
+    ]
+    write_atomically(folder / "table.md", markdown_table(columns, cells))
+    return folder / "table.md"
+
+
+def _with_interval(row: Row) -> str:
+    """The difference in points, and its interval; for what others are compared with, its accuracy."""
+    if row.difference is None:
+        return f"{row.accuracy} %"
+    low_and_high = _interval(row.difference)
+    return f"{100 * row.difference.mean:.2f}" + (f" ({low_and_high})" if low_and_high else "")
+
+
 def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:
     """Makes the table and the figure from the records; gives what they show, and the files."""
     rivals = read_rivals(folder)
@@ -328,10 +379,14 @@ def compare_rivals(
     Args:
         compute: gives the metrics of runs, whose conditions it is told.
     """
-    searched = search_runs(model, dataset, epochs=epochs, only=only, threads=threads)
-    search_names = [name for name, _ in searched]
-    search = compute(search_names, [config for _, config in searched])
-    rates = chosen_rates(search_names, search)
+    tried, further = dict[str, tuple[float, ...]](), first_rates(only)
+    while further != tried:
+        tried = further
+        searched = search_runs(model, dataset, tried, epochs=epochs, threads=threads)
+        search_names = [name for name, _ in searched]
+        search = compute(search_names, [config for _, config in searched])
+        rates = chosen_rates(search_names, search)
+        further = further_rates(tried, rates)
     planned = compared_runs(model, dataset, rates, seeds=seeds, epochs=epochs, threads=threads)
     names = [name for name, _ in planned]
     found = compute(names, [config for _, config in planned])
