@@ -14,8 +14,10 @@ from sphinx.application import Sphinx
 from typer.main import get_command
 
 import relaxprop
-from relaxprop.lab.bench import Benchmark, markdown
+from relaxprop.lab.bench import document
+from relaxprop.lab.bench.records import Benchmark
 from relaxprop.lab.cli.main import app as command_line
+from relaxprop.lab.report.tables import markdown_table
 
 HERE = Path(__file__).parent
 
@@ -70,11 +72,19 @@ def equations_are_literal(app: Sphinx, what: str, name: str, obj: object, option
 
 
 def write_generated(app: Sphinx) -> None:
-    """What pages include: all commands as Typer describes them, a kept benchmark's tables, the files' own words."""
+    """What pages include: all commands as Typer describes them, kept benchmarks' tables, the files' own words."""
     folder = HERE / "generated"
     folder.mkdir(exist_ok=True)
-    kept = (HERE.parent / "results" / "bench-mlp.json").read_text(encoding="utf-8")
-    (folder / "bench-mlp.md").write_text(markdown(Benchmark.model_validate_json(kept)), encoding="utf-8")
+    results = HERE.parent / "results"
+    kept = Benchmark.model_validate_json((results / "bench-mlp.json").read_text(encoding="utf-8"))
+    tables = [markdown_table(table.columns, table.rows) for table in document.cost_tables(kept)]
+    (folder / "bench-mlp.md").write_text("\n".join(tables), encoding="utf-8")
+    grown = results / "bench" / "scaling" / document.FILE
+    others = sorted(path for path in results.glob(f"bench/*/{document.FILE}") if path != grown)
+    for name, paths in (("bench", others), ("scaling", [grown] if grown.exists() else [])):
+        shown = [f"### {path.parent.name}\n\n{document.markdown(document.read(path))}" for path in paths]
+        text = "\n".join(shown) or "No measurement is kept yet; its command is in `results/bench/README.md`.\n"
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / "rooms.md").write_text("\n".join(rooms()), encoding="utf-8")
     command = get_command(command_line)
     context = command.make_context("relaxprop", ["--help"], resilient_parsing=True)

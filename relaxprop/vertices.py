@@ -89,9 +89,13 @@ _ACTIVATIONS: dict[type[nn.Module], bool] = {}
 
 
 def does_as_its_class_says(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but compute its output: what else it did would happen once only."""
-    changed = has_hooks(module) or "forward" in vars(module)
-    return not changed and type(module).__module__.startswith("torch.nn.") and _has_no_submodules(module)
+    """Whether a call of the module does nothing but compute its output: what else it did would happen once only.
+
+    PyTorch's own layers do; another class says so of its own by ``only_computes = True``.
+    """
+    kind = type(module)
+    known = kind.__module__.startswith("torch.nn.") or vars(kind).get("only_computes", False)
+    return known and not has_hooks(module) and "forward" not in vars(module) and _has_no_submodules(module)
 
 
 def find_layers(module: nn.Module) -> list[nn.Module]:

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import relaxprop
 from relaxprop import plots, rules
 from relaxprop.lab.architectures import ARCHITECTURES
-from relaxprop.lab.bench import Benchmark
+from relaxprop.lab.bench import document
+from relaxprop.lab.bench.records import Benchmark
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.experiments import depth as cost_of_depth
 
@@ -97,8 +98,13 @@ def test_every_kept_table_is_shown() -> None:
         for name, page in PAGES.items()
         for target in re.findall(r"^```\{include\} (\S+/table\.md)$", page, re.M)
     }
-    kept = set(RESULTS.rglob("table.md")) - {RESULTS / "depth" / "table.md"}  # its plot is
+    generated = set(RESULTS.glob("bench/*/table.md"))  # the build puts all of them on two pages
+    kept = set(RESULTS.rglob("table.md")) - {RESULTS / "depth" / "table.md"} - generated  # its plot is
     assert kept <= shown
+    assert all(
+        "```{include} ../generated/" + name in PAGES[f"results/{page}"]
+        for name, page in (("bench.md", "costs"), ("scaling.md", "scaling"))
+    )
 
 
 def test_every_row_of_works_with_is_a_test() -> None:
@@ -111,6 +117,21 @@ def test_every_row_of_works_with_is_a_test() -> None:
 
 def kept_benchmark(name: str) -> Benchmark:
     return Benchmark.model_validate_json((RESULTS / name).read_text())
+
+
+def bench_commands() -> dict[str, str]:
+    """By folder, as the README of the kept benchmarks has them."""
+    readme = (RESULTS / "bench" / "README.md").read_text(encoding="utf-8")
+    return {command.rpartition("/")[2]: command for command in re.findall(r"`(relaxprop bench [^`]+)`", readme)}
+
+
+def test_the_kept_benchmarks_are_of_the_commands_that_are_named() -> None:
+    named = bench_commands()
+    for command in named.values():
+        done = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"})
+        assert all(word in done.output for word in shlex.split(command) if word.startswith("--")), command
+    for path in RESULTS.glob(f"bench/*/{document.FILE}"):
+        assert document.read(path).command == named[path.parent.name]
 
 
 def test_the_costs_in_the_text_are_those_of_the_kept_benchmarks() -> None:

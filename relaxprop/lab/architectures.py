@@ -83,10 +83,14 @@ def _papers(name: str, image: tuple[int, int, int]) -> Callable[[bool], Problem]
     return problem
 
 
+def resnet18(*, small: bool = False) -> nn.Module:
+    """ResNet-18 for 10 classes of images with three channels."""
+    return models.resnet(3, 10, (8, 8, 16, 16) if small else (64, 128, 256, 512), (2, 2, 2, 2))
+
+
 def _resnet18(small: bool) -> Problem:
-    sizes = (8, 8, 16, 16) if small else (64, 128, 256, 512)
     images = torch.rand(2 if small else 4, 3, 32, 32)
-    return Problem(models.resnet(3, 10, sizes, (2, 2, 2, 2)), (images,), lambda result: _squares(result.logits))
+    return Problem(resnet18(small=small), (images,), lambda result: _squares(result.logits))
 
 
 class Recurrent(nn.Module):
@@ -112,14 +116,35 @@ def _recurrent(kind: type[nn.LSTMCell] | type[nn.GRUCell]) -> Callable[[bool], P
     return problem
 
 
+_VOCABULARY, _LENGTH = {True: 11, False: 256}, {True: 6, False: 64}  # small, and at the table's size
+
+
+def transformer(*, small: bool = False) -> nn.Module:
+    """GPT-2's decoder with few and narrow layers, for `text`."""
+    layers, width, heads = (2, 16, 2) if small else (4, 128, 4)
+    return models.gpt2(_VOCABULARY[small], _LENGTH[small], width=width, layers=layers, heads=heads)
+
+
+def text(batch: int, *, small: bool = False) -> Tensor:
+    """Random sequences that the transformer reads."""
+    return torch.randint(_VOCABULARY[small], (batch, _LENGTH[small]))
+
+
 def _transformer(small: bool) -> Problem:
-    layers, width, heads, length, batch, vocabulary = (2, 16, 2, 6, 2, 11) if small else (4, 128, 4, 64, 8, 256)
-    tokens = torch.randint(vocabulary, (batch, length))
+    tokens = text(2 if small else 8, small=small)
 
     def loss(result: Any) -> Tensor:
         return functional.cross_entropy(result.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
-    return Problem(models.gpt2(vocabulary, length, width=width, layers=layers, heads=heads), (tokens,), loss)
+    return Problem(transformer(small=small), (tokens,), loss)
+
+
+def chain(depth: int, width: int) -> nn.Module:
+    """Linear layers with tanh and a linear readout; orthogonal, so that gradients neither vanish nor explode."""
+    layers = [nn.Linear(width, width) for _ in range(depth)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)
+    return nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.Linear(width, 10))
 
 
 class UNet(nn.Module):

@@ -43,6 +43,9 @@ class EpochMetrics(BaseModel):
     alignment: tuple[AlignmentSample, ...] = ()
 
 
+BATCHED = "batched_seeds"
+"""In a run's environment: how many seeds were trained as one network, of which its results and times are a part."""
+
 BASELINE, REFERENCE = "baseline", "backprop"  # the conditions that others are compared with
 
 

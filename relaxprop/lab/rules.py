@@ -98,7 +98,7 @@ def wrap(
 
 
 def called(
-    rule: Rule, loss_fn: LossFunction, targets: Tensor, labels: Tensor
+    rule: str, loss_fn: LossFunction, targets: Tensor, labels: Tensor
 ) -> tuple[dict[str, Any], Callable[[Any], Tensor]]:
     """What a network that is trained by the rule is called with beside its input, and the loss of what it returns."""
     other = OTHERS.get(rule)

@@ -48,7 +48,7 @@ from relaxprop.lab.checkpoint import (
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.environment import environment
 from relaxprop.lab.files import OutputError, check_writable, remove_partial, write_atomically
-from relaxprop.lab.results import EpochMetrics, FinishedRun, Head, RunLine
+from relaxprop.lab.results import BATCHED, EpochMetrics, FinishedRun, Head, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
@@ -173,6 +173,12 @@ class Record:
         except (OSError, ValueError) as error:
             raise OutputError(f"the run in {self.path} is damaged: {error}") from error
         return found
+
+    def note_batched(self, seeds: int) -> None:
+        """Keeps that epochs of the run are computed together with those of other seeds; the most of them counts."""
+        where = self.environment()
+        if where.get(BATCHED, 1) < seeds:
+            write_atomically(self.path / "environment.json", json.dumps(where | {BATCHED: seeds}, indent=2) + "\n")
 
     def save_reports(self, locality: Locality | None, certificate: dict[str, float] | None) -> None:
         """Keeps what the run's updates read, and what its relaxation phase leaves of the initial state."""

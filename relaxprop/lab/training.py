@@ -1,7 +1,7 @@
 """The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
 
-May import: public names, rule, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files, lab.models,
-lab.results, lab.rules, lab.store.
+May import: public names, rule, lab.batched, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files,
+lab.models, lab.results, lab.rules, lab.store.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from relaxprop import (
     mirror_weights,
 )
 from relaxprop.lab import models
+from relaxprop.lab.batched import batched, check_seeds, gather_state, hand_out_state, side_by_side
 from relaxprop.lab.checkpoint import kept_checkpoint
 from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
@@ -98,6 +100,51 @@ def epochs(
         OutputError: if the run's folder cannot be written, or is damaged.
         NonFiniteStateError: if the relaxation diverged; the epochs before it are kept.
     """
+    with closing(epochs_at_once([config], dataset, root=root, device=device, check_finite=check_finite)) as run:
+        for _, metrics, computed in run:
+            yield metrics, computed
+
+
+@dataclass(eq=False)
+class _Run:
+    """A run under way: what it trains, and the epochs that are finished."""
+
+    config: RunConfig
+    record: Record | None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    found: list[EpochMetrics] = field(default_factory=list)
+
+
+def epochs_at_once(
+    configs: Sequence[RunConfig],
+    dataset: Dataset,
+    *,
+    root: Path | None = None,
+    device: torch.device | str = "cpu",
+    check_finite: bool = True,
+) -> Generator[tuple[RunConfig, EpochMetrics, bool]]:
+    """As `epochs`, for several seeds of one description, whose networks are trained as one (`batched`).
+
+    Each seed has its own start, minibatches, folder and metrics, which are those of its own run to rounding, and its
+    share of the time. Only what is not finished is computed. A seed that has fewer epochs than others is trained
+    without them until it has as many.
+
+    Args:
+        configs: differ in their seeds alone. One is trained as ever.
+        check_finite: as `epochs`, of one. Several go on, as the others are none the worse: a bad result.
+
+    Raises:
+        ValueError: if two of several have the same seed, or differ in more than their seeds.
+        ModelError: as `epochs`, or if something in the description depends on all seeds at once, or several processes
+            compute the run.
+    """
+    config, group = configs[0], this_group()
+    if len(configs) > 1:
+        check_seeds(configs)
+        if group.size > 1:
+            raise models.ModelError("several processes compute one run: they cannot compute several seeds at once")
+        check_finite = False
     if config.validation:
         dataset = dataset.held_out(config.validation)
     if config.enlarged > 1:
@@ -106,16 +153,20 @@ def epochs(
         raise DataError(
             f"left_out={config.left_out} minibatches of {config.batch_size} are all that {dataset.name} has"
         )
-    group = this_group()
     if group.size > 1:
         _check_shared(config)
-    record = Record(config, root) if root is not None else None
-    finished = record.finished_epochs() if record is not None and group.is_first else []
-    if group.agreed(len(finished)) >= config.epochs:
+    unfinished = []
+    for each in configs:
+        record = Record(each, root) if root is not None else None
+        finished = record.finished_epochs() if record is not None and group.is_first else []
+        if group.agreed(len(finished)) < config.epochs:
+            unfinished.append((each, record))
+            continue
         finished = finished if record is None or group.is_first else record.finished_epochs()
         if record is not None and group.is_first:
             record.tidy()
-        yield from ((metrics, False) for metrics in finished[: config.epochs])
+        yield from ((each, metrics, False) for metrics in finished[: config.epochs])
+    if not unfinished:
         return
     if not dataset.is_images and config.loss == "squared-error":
         raise models.ModelError(
@@ -123,45 +174,92 @@ def epochs(
         )
     if config.signed_inputs:
         dataset = dataset.signed()
-    model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
-    optimizer = OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
-    with _threads(config.threads), _opened(record, group) as opened:
-        model.to(device)
-        if opened.checkpoint is not None:
-            opened.checkpoint.load_into(model, optimizer)
+    runs = [_started(each, record, dataset) for each, record in unfinished]
+    with _threads(config.threads), ExitStack() as stack:
+        opened = {}
+        for run in sorted(runs, key=lambda run: run.config.id):  # another process takes them in the same order
+            opened[run] = stack.enter_context(_opened(run.record, group))
         dataset = dataset.to(device, models.memory_format(config.model))
-        trained: nn.Module = model
-        if config.rule != "backprop":
-            trained = wrapped = wrapped_by(config, model, check_finite=check_finite)
-            if record is not None and group.is_first:
-                few = dataset.train.images[:2]
-                linear = config.frozen.relaxation_derivative
-                record.save_reports(
-                    describe_locality(wrapped, few) if config.vertices != "operations" else None,
-                    certificate(wrapped, few) if isinstance(wrapped, ActivationRelaxation) and linear else None,
-                )
-        trained = group.spread(trained)
-        found = list(opened.metrics)
-        yield from ((metrics, False) for metrics in found[: config.epochs])
-        rows = kept_samples(len(dataset.test), config)
-        test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
-        for epoch in range(len(found) + 1, config.epochs + 1):
-            samples: list[AlignmentSample] = []
-            start = time.perf_counter()
-            with expected_transients():
-                loss = train_epoch(trained, optimizer, dataset, config, epoch, samples.append, group)
-            seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
+        for run in runs:
+            run.model.to(device)
+            if (checkpoint := opened[run].checkpoint) is not None:
+                checkpoint.load_into(run.model, run.optimizer)
+            if run.record is not None and group.is_first and config.rule != "backprop":
+                _save_reports(run.record, wrapped_by(run.config, run.model), dataset.train.images[:2])
+            run.found += opened[run].metrics
+            yield from ((run.config, metrics, False) for metrics in run.found[: config.epochs])
+        yield from _trained(runs, dataset, group, check_finite)
+
+
+def _trained(
+    runs: Sequence[_Run], dataset: Dataset, group: Group, check_finite: bool
+) -> Generator[tuple[RunConfig, EpochMetrics, bool]]:
+    """The epochs that are missing: those that have the fewest go on alone until they have as many as the others."""
+    config = runs[0].config
+    rows = kept_samples(len(dataset.test), config)
+    test = Split(dataset.test.images[:rows], dataset.test.labels[:rows])
+    now: list[_Run] = []
+    for epoch in range(min(len(run.found) for run in runs) + 1, config.epochs + 1):
+        behind = [run for run in runs if len(run.found) < epoch]
+        if behind != now:
+            now = behind
+            network, trained, optimizer = _together(now, group, check_finite)
+        samples: list[AlignmentSample] = []
+        start = time.perf_counter()
+        with expected_transients():
+            losses = train_epoch(trained, optimizer, dataset, [run.config for run in now], epoch, samples.append, group)
+        seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
+        if len(now) > 1:
+            hand_out_state(network, optimizer, [run.model for run in now], [run.optimizer for run in now])
+        for run, loss in zip(now, losses, strict=True):
             metrics = EpochMetrics(
                 epoch=epoch,
                 train_loss=loss,
-                test_accuracy=accuracy(model, test, group=group, precision=config.precision),
-                seconds=seconds,
+                test_accuracy=accuracy(run.model, test, group=group, precision=config.precision),
+                seconds=seconds / len(now),
                 alignment=tuple(samples),
             )
-            found.append(metrics)
-            if record is not None and group.is_first:
-                record.save(found, model, optimizer)
-            yield metrics, True
+            run.found.append(metrics)
+            if run.record is not None and group.is_first:
+                run.record.save(run.found, run.model, run.optimizer)
+            yield run.config, metrics, True
+
+
+def _started(config: RunConfig, record: Record | None, dataset: Dataset) -> _Run:
+    """A run before its first epoch."""
+    model = models.build(config.model, dataset, seed=config.seed, feedback=config.feedback, dropped=config.dropped)
+    return _Run(config, record, model, _optimizer(model, config))
+
+
+def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    return OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
+
+
+def _together(
+    runs: Sequence[_Run], group: Group, check_finite: bool
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """The network of the runs, the same as it is trained, and its optimiser."""
+    config = runs[0].config
+    network, optimizer = runs[0].model, runs[0].optimizer
+    if len(runs) > 1:
+        own = [run.model for run in runs]
+        network = batched(own)
+        optimizer = _optimizer(network, config)
+        gather_state(network, optimizer, own, [run.optimizer for run in runs])
+        for run in runs:
+            if run.record is not None:
+                run.record.note_batched(len(runs))
+    trained = network if config.rule == "backprop" else wrapped_by(config, network, check_finite=check_finite)
+    return network, group.spread(trained), optimizer
+
+
+def _save_reports(record: Record, wrapped: LearningRule, inputs: Tensor) -> None:
+    config = record.config
+    linear = config.frozen.relaxation_derivative
+    record.save_reports(
+        describe_locality(wrapped, inputs) if config.vertices != "operations" else None,
+        certificate(wrapped, inputs) if isinstance(wrapped, ActivationRelaxation) and linear else None,
+    )
 
 
 def wrapped_by(config: RunConfig, model: nn.Module, *, check_finite: bool = True) -> LearningRule:
@@ -239,12 +337,18 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     dataset: Dataset,
-    config: RunConfig,
+    configs: Sequence[RunConfig],
     epoch: int,
     on_alignment: Callable[[AlignmentSample], None] = lambda sample: None,
     group: Group = ALONE,
-) -> float:
-    """One pass over the training data; the mean loss per sample."""
+) -> list[float]:
+    """One pass over the training data; the mean loss per sample.
+
+    Args:
+        model: of the first of the runs; of several, as `batched` gives it.
+        configs: of the runs, which differ in their seeds alone: a loss for each.
+    """
+    config, several = configs[0], len(configs) > 1
     torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
     model.train()
     labels = dataset.train.labels
@@ -252,10 +356,11 @@ def train_epoch(
     targets = functional.one_hot(labels, len(dataset.classes)).to(dataset.train.images.dtype) if squared else labels
     measure = measured_by(config)
     mirrors = "mirror" in config.feedback.values()
-    total = torch.zeros((), dtype=torch.float64, device=targets.device)
+    measure = torch.func.vmap(measure) if several else measure
+    total = torch.zeros(len(configs), dtype=torch.float64, device=targets.device)
     count = 0
     relaxed: Any = model.module if group.size > 1 else model
-    for i, rows in enumerate(minibatches(len(dataset.train), config, epoch)):
+    for i, rows in enumerate(_drawn(len(dataset.train), configs, epoch)):
         if config.alignment_every and i % config.alignment_every == 0 and isinstance(relaxed, LearningRule):
             index = rows.to(targets.device)
             epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
@@ -267,16 +372,17 @@ def train_epoch(
         if mirrors:
             mirror_weights(relaxed)
         more, loss_of = called(config.rule, measure, targets[index], labels[index])
+        inputs = side_by_side(dataset.train.images[index.T]) if several else dataset.train.images[index]
         with autocast(config.precision, index.device):
-            output = model(dataset.train.images[index], **more)
+            output = model(inputs, **more)
         loss = loss_of(output)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss.sum() if several else loss).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total += loss.detach()
         count += labels[index].numel()
     total, number = group.total(total, torch.tensor(count, device=total.device))
-    return float(total) / int(number)
+    return [len(configs) * summed / int(number) for summed in total.tolist()]
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -330,6 +436,12 @@ def minibatches(size: int, config: RunConfig, epoch: int) -> Iterator[Tensor]:
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_seed(config, epoch)))
     for start in range(0, kept_samples(size, config), config.batch_size):
         yield order[start : start + config.batch_size]
+
+
+def _drawn(size: int, configs: Sequence[RunConfig], epoch: int) -> Iterator[Tensor]:
+    """The minibatches of one run; of several, a row of each in every one."""
+    for own in zip(*(minibatches(size, config, epoch) for config in configs), strict=True):
+        yield own[0] if len(own) == 1 else torch.stack(own)
 
 
 def kept_samples(size: int, config: RunConfig) -> int:

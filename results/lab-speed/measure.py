@@ -13,7 +13,6 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from relaxprop import PAPER, ActivationRelaxation
 from relaxprop.lab import models
+from relaxprop.lab.bench import startup
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import load
 from relaxprop.lab.engines.grid import run_all
@@ -89,8 +89,7 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 def command_seconds(*arguments: str | Path) -> float:
     """Of a Python process."""
-    command = [sys.executable, *map(str, arguments)]
-    return seconds_of(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    return seconds_of(lambda: startup.run_python(*map(str, arguments)))
 
 
 def workers(sizes: Sizes) -> list[Row]:
@@ -158,20 +157,20 @@ def overhead(sizes: Sizes) -> list[Row]:
 
 def start_up(sizes: Sizes) -> list[Row]:
     """`relaxprop --help` beside `import torch`, in turn; the least of each, as nothing else is on the machine then."""
-    took: dict[str, list[float]] = {"pass": [], "torch": [], "help": []}
-    for _ in range(sizes.starts):
-        took["pass"].append(command_seconds("-c", "pass"))
-        took["torch"].append(command_seconds("-c", "import torch"))
-        took["help"].append(command_seconds("-m", "relaxprop", "--help"))
-    beyond = min(took["help"]) - min(took["torch"])
-    return [
-        spread("an empty Python program", took["pass"], " s"),
-        spread("import torch", took["torch"], " s"),
-        spread("relaxprop --help", took["help"], " s"),
-        Row(
-            "relaxprop --help beyond import torch", beyond, beyond, beyond, sizes.starts, " s", "≤ 0.4 s", beyond <= 0.4
-        ),
-    ]
+    took = startup.times(sizes.starts)
+    shown = (startup.EMPTY, startup.TORCH, startup.HELP)
+    beyond, aim = min(took[startup.HELP]) - min(took[startup.TORCH]), startup.AIMS[startup.HELP]
+    last = Row(
+        f"{startup.HELP} beyond {startup.TORCH}",
+        beyond,
+        beyond,
+        beyond,
+        sizes.starts,
+        " s",
+        f"≤ {aim:g} s",
+        beyond <= aim,
+    )
+    return [*(spread(name, took[name], " s") for name in shown), last]
 
 
 def listing(sizes: Sizes) -> list[Row]:

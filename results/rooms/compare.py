@@ -16,18 +16,24 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 
-def imported(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """The package in a folder, and its benchmark."""
+def imported(folder: Path) -> tuple[ModuleType, Callable[[str], Callable[[Any], Any]]]:
+    """The package in a folder, and what gives a network's training step by a solver."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "relaxprop"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder.resolve()))
     try:
-        return importlib.import_module("relaxprop"), importlib.import_module("relaxprop.lab.bench")
+        package, bench = importlib.import_module("relaxprop"), importlib.import_module("relaxprop.lab.bench")
+        if hasattr(bench, "_Problem"):  # in commits whose benchmark is one file
+            return package, lambda model: bench._Problem(model, 64, "cpu").training_step
+        problems, steps = (importlib.import_module(f"relaxprop.lab.bench.{room}") for room in ("problems", "steps"))
+        return package, lambda model: partial(steps.relaxation_step, problems.build(model, batch_size=64))
     finally:
         sys.path.pop(0)
 
@@ -44,8 +50,8 @@ def main() -> None:
     for model in ("mlp", "cnn"):
         steps: dict[str, Any] = {}
         for label, folder in (("before", given.before), ("after", given.after)):
-            package, bench = imported(folder)
-            problem = bench._Problem(model, 64, "cpu")
+            package, training_step_of = imported(folder)
+            training_step = training_step_of(model)
             solvers = {
                 "backpropagation": None,
                 "Equilibrium()": package.Equilibrium(),
@@ -53,9 +59,9 @@ def main() -> None:
                 "Euler(0.1, 10)": package.Euler(0.1, 10),
             }
             for name, solver in solvers.items():
-                steps[f"{name}, {label}"] = problem.training_step(solver)
+                steps[f"{name}, {label}"] = training_step(solver)
             if label == "after":
-                steps["ClosedForm(), after"] = problem.training_step(package.ClosedForm())
+                steps["ClosedForm(), after"] = training_step(package.ClosedForm())
         room = sys.modules.get("relaxprop.lab.environment") or sys.modules["relaxprop.lab.records"]  # its room before
         environment = room.environment()
         times: dict[str, list[float]] = {name: [] for name in steps}

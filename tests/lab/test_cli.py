@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import relaxprop
-from relaxprop.lab import bench
+from relaxprop.lab.bench.steps import USUAL
 from relaxprop.lab.cli import reproduce
 from relaxprop.lab.cli.main import function, main
 from relaxprop.lab.cli.options import app
@@ -73,7 +73,6 @@ def test_help_and_version() -> None:
         (("train", "--step-size", "2"), ("--step-size", "--step-size must be in (0, 2)", "got 2.0")),
         (("train", "--order", "asynchronous"), ("--order", "'simultaneous', 'sequential'", "'asynchronous'")),
         (("train", "--rule", "backprop", "--solver", "euler"), ("--solver", "no effect", "backprop")),
-        (("bench", "--json", "/"), ("--json", "is a folder")),
         (("train", "--num-steps", "0"), ("--num-steps must be at least 1, got 0",)),
         (("train", "--num-steps", "many"), ("'--num-steps'", "valid integer")),
         (("train", "--solver", "equilibrium", "--step-size", "0.5"), ("--step-size", "no effect", "equilibrium")),
@@ -115,7 +114,21 @@ def test_help_and_version() -> None:
         (("gradients", "--architecture", "perceptron"), ("--architecture", "'perceptron'", "mlp, cnn, resnet-18")),
         (("gradients", "--step-size", "2"), ("--step-size must be in (0, 2)", "got 2.0")),
         (("gradients", "--step-size", "1e-300"), ("--step-size", "too small for floating-point")),
-        (("bench", "--model", "resnet"), ("'--model'", "mlp", "cnn-as-coded")),
+        (("bench", "--model", "resnet"), ("--model must be one of mlp, cnn, cnn-as-coded, resnet-18", "'resnet'")),
+        (("bench", "--model", "chain-0"), ("--model", "N must be at least 1", "'chain-0'")),
+        (("bench", "--batch-size", "0"), ("'--batch-size'", "greater than or equal to 1")),
+        (("bench", "--device", "abacus"), ("--device", "abacus")),
+        (("bench", "--rule", "hebb"), ("'--rule'", "hebb", "drtp")),
+        (("bench", "--rule", "pc", "--solver", "paper"), ("--solver", "no effect with --rule pc")),
+        (("bench", "--solver", "magic"), ("'--solver'", "magic", "closed-form", "paper")),
+        (("bench", "--what", "speed"), ("'--what'", "speed", "start-up")),
+        (("bench", "--what", "scaling", "--model", "cnn"), ("--model", "no effect without --what steps")),
+        (("bench", "--what", "start-up", "--device", "cpu"), ("--device", "no effect with --what start-up alone")),
+        (("bench", "--image-size", "64"), ("--image-size", "no effect without --model resnet-18")),
+        (("bench", "--model", "resnet-18", "--image-size", "16"), ("--image-size", "greater than or equal to 32")),
+        (("bench", "--model", "resnet-18", "--batch-size", "1"), ("batch size must be at least 2 for resnet-18",)),
+        (("bench", "--against", "."), ("--against", "holds neither TorchSeq2PC.py")),
+        (("bench", "--against", "nowhere"), ("--against", "nowhere is neither the name Torch2PC nor a folder")),
         (("convergence", "--model", "transformer"), ("'--model'", "cnn-as-coded")),
         (("reproduce", "graphs", "--dataset", "digits"), ("--dataset must be one of docstrings, cifar10", "'digits'")),
         (
@@ -171,7 +184,7 @@ def test_missing_data_and_unwritable_folders_are_errors_in_one_line(
         ("train", "--runs", "file"),
         ("reproduce", "demo", "--out", "file/figures"),
         ("convergence", "--out", "file"),
-        ("bench", "--json", "file/measurements.json"),
+        ("bench", "--out", "file"),
     ):
         assert run_main(monkeypatch, *args) == 1
         error = capsys.readouterr().err
@@ -335,17 +348,36 @@ def test_the_cost_of_depth(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "d").iterdir()} == {"table.md", "depth.json", "depth.png"}
 
 
-def test_bench_prints_ratios_and_writes_them(tmp_path: Path) -> None:
-    status, text = invoke("bench", "--rounds", "2", "--batch-size", "2", "--json", "out/bench.json")
+def test_bench_prints_what_it_writes(tmp_path: Path) -> None:
+    args = ("bench", "--model", "mlp", "--model", "chain-2", "--rounds", "2", "--batch-size", "2", "--out", "kept")
+    status, text = invoke(*args)
     assert status == 0
-    for part in ("backpropagation", "Equilibrium()", "ClosedForm(0.1, 100)", "Euler(0.1, 100)", "peak KiB"):
+    folder = tmp_path / "kept"
+    assert {path.name for path in folder.iterdir()} == {"bench.json", "table.md", "costs.png"}
+    written = json.loads((folder / "bench.json").read_text())
+    mlp, chain = written["benchmarks"]
+    assert len(mlp["costs"]) == 1 + len(USUAL) + len(OTHERS)
+    assert len(chain["costs"]) == 1 + len(USUAL)
+    for benchmark in (mlp, chain):
+        assert all(cost["rule"] in text for cost in benchmark["costs"])
+    assert all(ratio["what"] in text for ratio in mlp["ratios"])
+    for part in ("chain-2, batch 2, cpu", "quartiles", "peak KiB", "operations", "floor"):
         assert part in text
-    written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert len(written["costs"]) == 1 + len(bench.solvers()) + len(OTHERS)
-    assert all(cost["rule"] in text for cost in written["costs"])
-    assert len(written["ratios"]) == 5 + 2  # of Activation Relaxation, of the two rules whose activities move
-    assert all(ratio["what"] in text for ratio in written["ratios"])
     assert written["environment"]["processor"]
+    for name in ("table.md", "costs.png"):
+        (folder / name).unlink()
+    status, again = invoke("table", "kept")
+    assert status == 0
+    assert {path.name for path in folder.iterdir()} == {"bench.json", "table.md", "costs.png"}
+    assert again.partition("kept/")[0] in text
+
+
+def test_bench_measures_each_size_of_minibatch() -> None:
+    args = ("bench", "--model", "chain-1", "--solver", "equilibrium", "--batch-size", "2", "--batch-size", "3")
+    status, text = invoke(*args, "--rounds", "2")
+    assert status == 0
+    assert [f"chain-1, batch {n}, cpu: 2 interleaved" in text for n in (2, 3)] == [True, True]
+    assert "Euler" not in text
 
 
 def test_control_c_stops_at_once_and_keeps_finished_epochs(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.ray import ClusterError, connect, on_ray
 from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.files import OutputError
+from relaxprop.lab.results import BATCHED
 from tests.lab.problem import few_digits, learning
 
 # Ray's own: it opens files and sockets that it leaves to the garbage collector, and warns of future versions.
@@ -72,6 +73,13 @@ def test_a_cluster_gives_what_one_process_gives(kept: bool, cluster: str, digits
         again: list[Event] = []
         run_all(GRID, digits, root=tmp_path, engine=on_ray, on_event=again.append)
         assert not any(e.computed for e in again if isinstance(e, EpochDone))
+
+
+def test_a_cluster_trains_many_seeds_as_one_network(cluster: str, digits: Dataset, tmp_path: Path) -> None:
+    found = run_all(GRID, digits, root=tmp_path, engine=on_ray, batched_seeds=True)
+    expected = run_all(GRID, digits, root=None, batched_seeds=True)
+    assert [learning(run.metrics) for run in found] == [learning(run.metrics) for run in expected]
+    assert all(run.environment[BATCHED] == 2 for run in found)
 
 
 def test_a_killed_workers_run_is_taken_up_again(

@@ -132,10 +132,11 @@ def test_what_was_left_of_a_finished_run_is_removed(digits: Dataset, tmp_path: P
 
 
 def _die(job: Job, dataset: Dataset) -> Iterator[Event]:
-    yield Started(job.config.id)
-    if job.config.seed == 1:
+    (run,) = job.runs
+    yield Started(run)
+    if job.configs[0].seed == 1:
         os._exit(7)
-    yield Finished(job.config.id, {})
+    yield Finished(run, {})
 
 
 def test_a_run_whose_worker_always_dies_fails_and_the_others_go_on(

@@ -372,7 +372,7 @@ def test_a_diverged_run_keeps_its_finished_epochs(
 ) -> None:
     real = training.train_epoch
 
-    def diverge(*args: object) -> float:
+    def diverge(*args: object) -> list[float]:
         if args[4] == 2:
             raise NonFiniteStateError("tanh1", 5)
         return real(*args)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Make figures' tables and plots again from kept records, and say what their claims would take.
 
-May import: lab.cli.options, lab.cli.records, lab.cli.settings, lab.experiments.records, lab.experiments.rules,
-lab.files, lab.records, lab.report.claims, lab.report.figures, lab.stats.
+May import: lab.bench.document, lab.cli.bench, lab.cli.options, lab.cli.records, lab.cli.settings,
+lab.experiments.records, lab.experiments.rules, lab.files, lab.records, lab.report.claims, lab.report.figures,
+lab.stats.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from relaxprop.lab.bench import document
+from relaxprop.lab.cli.bench import print_suite
 from relaxprop.lab.cli.options import console, print_paths, print_table
 from relaxprop.lab.cli.records import MarginOption, check_fraction
 from relaxprop.lab.cli.settings import DataDirOption, load_dataset
@@ -56,15 +59,23 @@ def power(
 
 def table(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDER...", help=f"Figures' folders, each with its {RECORDS}.")
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...", help=f"Folders of figures, with {RECORDS}, or of a benchmark, with {document.FILE}."
+        ),
     ],
     data_dir: DataDirOption = None,
 ) -> None:
-    """Make a figure's tables and plots again from its records alone.
+    """Make the tables and plots of a figure or a benchmark again from its records alone.
 
     Records older than this command lack the accuracy at chance: they are completed once, from the data set.
     """
     for folder in folders:
+        if (folder / document.FILE).exists():
+            measured, paths = document.make_again(folder)
+            print_suite(measured)
+            print_paths(paths)
+            continue
         if networks := [folder] if rules.is_of_rivals(folder) else rules.networks_in(folder):
             for network in networks:
                 rivals, paths = rules.write_rivals(network)

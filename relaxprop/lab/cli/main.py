@@ -1,7 +1,8 @@
 """The command line: its commands, and how errors end it.
 
-May import: public names, lab.cli.claims, lab.cli.figures, lab.cli.measure, lab.cli.options, lab.cli.records,
-lab.cli.report, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data, lab.engines.grid, lab.files, lab.models.
+May import: public names, lab.cli.bench, lab.cli.claims, lab.cli.figures, lab.cli.measure, lab.cli.options,
+lab.cli.records, lab.cli.report, lab.cli.reproduce, lab.cli.runs, lab.cli.train, lab.data, lab.engines.grid, lab.files,
+lab.models.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COMMANDS = {  # in the order of the help, each with the file that holds it
     "compare": "records",
     "power": "figures",
     "table": "figures",
-    "bench": "measure",
+    "bench": "bench",
     "collect": "claims",
     "claims": "claims",
 }
@@ -51,6 +52,10 @@ def function(name: str) -> Callable[..., None]:
 
 def _room(name: str) -> ModuleType:
     """A file of commands, imported now: most of them need PyTorch, which takes seconds."""
+    if name == "bench":
+        from relaxprop.lab.cli import bench
+
+        return bench
     if name == "claims":
         from relaxprop.lab.cli import claims
 

@@ -1,7 +1,7 @@
-"""Measure convergence, gradients, and costs.
+"""Measure convergence, gradients, and what depth and defaults cost.
 
-May import: transients, lab.architectures, lab.bench, lab.cli.options, lab.cli.settings, lab.experiments.convergence,
-lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
+May import: transients, lab.architectures, lab.cli.options, lab.cli.settings,
+lab.experiments.convergence, lab.experiments.defaults, lab.experiments.depth, lab.experiments.gradients, lab.files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 import typer
 from rich.table import Table
 
-from relaxprop.lab import bench as benchmark
 from relaxprop.lab.architectures import ARCHITECTURES
 from relaxprop.lab.cli.options import (
     console,
@@ -28,11 +27,9 @@ from relaxprop.lab.cli.settings import (
     ColourOption,
     DataDirOption,
     DatasetOption,
-    DeviceOption,
     ImageColumnOption,
     LabelColumnOption,
     PapersModelOption,
-    find_device,
     load_dataset,
 )
 from relaxprop.lab.experiments import defaults as default_training
@@ -48,7 +45,7 @@ from relaxprop.lab.experiments.gradients import (
     write_asynchronous,
     write_comparisons,
 )
-from relaxprop.lab.files import check_writable, write_atomically
+from relaxprop.lab.files import check_writable
 from relaxprop.transients import Order, check_step_size
 
 
@@ -185,55 +182,3 @@ def defaults(
         )
     print_table("training loss after training", *default_training.table(found))
     print_paths(default_training.write(found, minibatches, out, this_command()))
-
-
-def bench(
-    model: PapersModelOption = "mlp",
-    rounds: Annotated[int, typer.Option(min=2, help="Training steps of each rule.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a minibatch.")] = 64,
-    device: DeviceOption = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the measurements to this file.")] = None,
-) -> None:
-    """Measure a training step: time and peak memory relative to backpropagation."""
-    if json is not None:
-        if json.is_dir():
-            raise typer.BadParameter(f"{json} is a folder, name a file", param_hint="--json")
-        check_writable(json.parent)
-    on_device = find_device(device)
-    with says_what_is_kept("nothing was measured to the end"), progress_bar() as progress:
-        task = progress.add_task("interleaved steps", total=rounds)
-        measured = benchmark.run(
-            model,
-            rounds=rounds,
-            batch_size=batch_size,
-            device=on_device,
-            command=this_command(),
-            on_round=lambda: progress.advance(task),
-        )
-    title = f"{model}, batch {batch_size}, {measured.device}: {rounds} interleaved training steps"
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("rule", overflow="fold")
-    for column in ("median ms", "quartiles", "time", "peak KiB", "memory"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for cost in measured.costs:
-        low, high = cost.quartiles
-        shown.add_row(
-            cost.rule,
-            f"{cost.milliseconds:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{cost.time_ratio:.2f}×",
-            f"{cost.peak_bytes / 1024:.0f}",
-            f"{cost.memory_ratio:.2f}×",
-        )
-    console.print(shown)
-    console.print(
-        "time: median over the rounds of the ratio to backpropagation's step in the same round", soft_wrap=True
-    )
-    console.print(
-        "memory: most that is allocated at one time in a step, its ratio to backpropagation's", soft_wrap=True
-    )
-    for ratio in measured.ratios:
-        console.print(f"{ratio.what}: {ratio.ratio:.2f} × {ratio.least}", soft_wrap=True, highlight=False)
-    if json is not None:
-        write_atomically(json, measured.model_dump_json(indent=2) + "\n")
-        print_paths([json])

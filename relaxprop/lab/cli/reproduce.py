@@ -1,19 +1,21 @@
 """Compute an experiment of the paper.
 
-May import: recording, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress, lab.cli.settings,
-lab.config, lab.data, lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions,
+May import: recording, lab.batched, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress,
+lab.cli.settings, lab.config, lab.data, lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions,
 lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper, lab.experiments.records,
 lab.experiments.rules, lab.report.html, lab.report.logs, lab.results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from relaxprop.lab.batched import check_batched
 from relaxprop.lab.cli.engines import AddressOption, EngineOption, GpusOption, ThreadsOption, WorkersOption, find_engine
 from relaxprop.lab.cli.figures import print_figure, print_rivals
 from relaxprop.lab.cli.options import (
@@ -42,7 +44,7 @@ from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.distributed import is_started_by_torchrun
 from relaxprop.lab.engines.grid import run_all
-from relaxprop.lab.engines.work import Engine, EpochDone, Event
+from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.conditions import Experiment, condition_runs, in_version
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
@@ -53,6 +55,8 @@ from relaxprop.lab.report.html import write_report
 from relaxprop.lab.report.logs import Tool, logs
 from relaxprop.lab.results import FinishedRun
 from relaxprop.recording import InitialState
+
+Compute = Callable[..., list[FinishedRun]]  # `run_all`, told by what
 
 
 def _defaults(field: str) -> str:
@@ -105,6 +109,13 @@ def reproduce(
     engine: EngineOption = "processes",
     address: AddressOption = None,
     gpus: GpusOption = None,
+    batched_seeds: Annotated[
+        bool,
+        typer.Option(
+            "--batched-seeds",
+            help="Train all seeds of a condition as one network: less time on a GPU, the same results to rounding.",
+        ),
+    ] = False,
     log: LogOption = None,
 ) -> None:
     """Compute an experiment's runs, print its table and write its figures.
@@ -120,12 +131,14 @@ def reproduce(
     find_device(device)
     tools = find_logs(log)
     chosen = find_engine(engine, workers=workers, threads=threads, address=address, gpus=gpus)
+    compute = partial(run_all, device=device, engine=chosen, batched_seeds=batched_seeds)
     if figure == "rules":
         unused = {
             "--as-coded": as_coded,
             "--initial": initial != "feedforward",
             "--beside": beside,
             "--alignment-every": alignment_every,
+            "--batched-seeds": batched_seeds,
         }
         for flag, given in unused.items():
             if given:
@@ -137,14 +150,19 @@ def reproduce(
             dataset or "digits", data_dir, runs, *(folder / model for model in rules.MODELS),
             image_column=image_column, label_column=label_column, colour=colour,
         )  # fmt: skip
-        _reproduce_rules(data, seeds, epochs, condition or (), runs, folder, device, threads, chosen, tools)
+        _reproduce_rules(data, seeds, epochs, condition or (), runs, folder, threads, compute, tools)
         return
     with usage_errors("--beside"):
         experiment = in_version(EXPERIMENTS[figure], as_coded=as_coded, initial=initial, beside=beside)
     names = [dataset] if dataset is not None else list(experiment.conditions)
     for name in names:
         with usage_errors("reproduce"):
-            condition_runs(experiment, name, seeds=1, epochs=1, only=condition or ())
+            planned = condition_runs(
+                experiment, name, seeds=1, epochs=1, only=condition or (), alignment_every=alignment_every
+            )
+        with usage_errors("--batched-seeds"):
+            for _, config in planned if batched_seeds else ():
+                check_batched(config)
     version = f"{'-as-coded' * as_coded}{'-from-zero' * (initial == 'zero')}{'-beside' * beside}"
     folders = {name: out or Path("figures") / f"{figure}-{name}{version}" for name in names}
     if out and not dataset and len(experiment.conditions) > 1:
@@ -158,8 +176,8 @@ def reproduce(
     }
     for name, folder in folders.items():
         _reproduce(
-            figure, experiment, loaded[name], seeds, epochs, condition or (), alignment_every, runs, folder, device,
-            threads, chosen, tools,
+            figure, experiment, loaded[name], seeds, epochs, condition or (), alignment_every, runs, folder,
+            threads, compute, tools,
         )  # fmt: skip
 
 
@@ -173,9 +191,8 @@ def _reproduce(
     alignment_every: int,
     runs: Path,
     folder: Path,
-    device: str,
     threads: int,
-    engine: Engine,
+    compute: Compute,
     tools: list[Tool],
 ) -> None:
     """A figure on one data set."""
@@ -192,7 +209,7 @@ def _reproduce(
     names = [name for name, _ in planned]
     configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
     labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
-    results = _computed(configs, labels, loaded, runs, device, engine, tools)
+    results = _computed(configs, labels, loaded, runs, compute, tools)
     shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
     if figure == "demo":
         curves = convergence_by_step_size(loaded)
@@ -210,26 +227,25 @@ def _reproduce_rules(
     only: Sequence[str],
     runs: Path,
     folder: Path,
-    device: str,
     threads: int,
-    engine: Engine,
+    compute: Compute,
     tools: list[Tool],
 ) -> None:
     """Every learning rule on one data set, on two networks."""
 
-    def compute(names: Sequence[str], configs: Sequence[RunConfig]) -> list[FinishedRun]:
+    def results(names: Sequence[str], configs: Sequence[RunConfig]) -> list[FinishedRun]:
         labels = {
             config.id: f"{name}, rate {config.learning_rate:g}, {'held out' if config.validation else 'test'}, "
             f"seed {config.seed}"
             for name, config in zip(names, configs, strict=True)
         }
-        return _computed(configs, labels, loaded, runs, device, engine, tools)
+        return _computed(configs, labels, loaded, runs, compute, tools)
 
     for model in rules.MODELS:
         found, paths = rules.compare_rivals(
             model,
             loaded,
-            compute,
+            results,
             seeds=seeds or rules.SEEDS,
             epochs=epochs or rules.EPOCHS,
             only=only,
@@ -247,8 +263,7 @@ def _computed(
     labels: dict[str, str],
     loaded: Dataset,
     runs: Path,
-    device: str,
-    engine: Engine,
+    compute: Compute,
     tools: list[Tool],
 ) -> list[FinishedRun]:
     """The runs' metrics; what is finished is in their folder."""
@@ -261,4 +276,4 @@ def _computed(
             if isinstance(event, EpochDone) and event.computed:
                 tell(event.run, event.metrics)
 
-        return run_all(configs, loaded, root=runs, device=device, engine=engine, on_event=on_event)
+        return compute(configs, loaded, root=runs, on_event=on_event)

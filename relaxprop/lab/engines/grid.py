@@ -13,7 +13,7 @@ from pathlib import Path
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import DataError, Dataset
 from relaxprop.lab.engines.serial import serial
-from relaxprop.lab.engines.work import Engine, EpochDone, Event, Failed, Finished, Job, Said
+from relaxprop.lab.engines.work import Engine, EpochDone, Event, Failed, Finished, Said, jobs_of
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.models import ModelError
 from relaxprop.lab.results import EpochMetrics, FinishedRun
@@ -34,6 +34,7 @@ def run_all(
     device: str = "cpu",
     engine: Engine = serial,
     on_event: Callable[[Event], None] = lambda event: None,
+    batched_seeds: bool = False,
 ) -> list[FinishedRun]:
     """The metrics of every run, in the order of the descriptions.
 
@@ -42,16 +43,20 @@ def run_all(
         device: PyTorch's, of every run.
         engine: what computes them.
         on_event: called with everything that the engine tells.
+        batched_seeds: whether runs that differ in their seeds alone are trained as one network. Their results are then
+            those of single runs to rounding, and their environment says of how many seeds that is.
 
     Raises:
-        DataError, ModelError, OutputError: if a run has met one: what stopped it would stop the others too.
+        DataError, ModelError, OutputError: if a run has met one: what stopped it would stop the others too. Or if
+            several seeds cannot be trained as one network.
         GridError: if a run has failed otherwise, after all others.
     """
     by_id = {config.id: config for config in configs}
     metrics: dict[str, dict[int, EpochMetrics]] = {run: {} for run in by_id}  # an epoch may come again, see `died`
     finished: dict[str, FinishedRun] = {}
     failed: list[str] = []
-    jobs = [Job(config, None if root is None else root.absolute(), device) for config in by_id.values()]
+    place = None if root is None else root.absolute()
+    jobs = jobs_of(list(by_id.values()), place, device, batched_seeds=batched_seeds)
     with closing(engine(jobs, dataset)) as events:
         for event in events:
             match event:

@@ -77,7 +77,7 @@ def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generat
     """
     prepare()
     waiting = deque(jobs)
-    attempts = dict.fromkeys([job.config.id for job in jobs], 0)
+    attempts = dict.fromkeys([job.name for job in jobs], 0)
     staff: dict[Connection, _Worker] = {}
     try:
         while waiting or staff:
@@ -92,11 +92,11 @@ def processes(jobs: Sequence[Job], dataset: Dataset, *, workers: int) -> Generat
                 except (EOFError, OSError):
                     del staff[worker.connection]
                     job = worker.job
-                    attempts[job.config.id] += 1
-                    told = died(attempts[job.config.id], job, worker.end())
-                    if isinstance(told, Said):
+                    attempts[job.name] += 1
+                    told = died(attempts[job.name], job, worker.end())
+                    if any(isinstance(event, Said) for event in told):
                         waiting.appendleft(job)
-                    yield told
+                    yield from told
                     continue
                 if event is not None:
                     yield event

@@ -75,10 +75,10 @@ def on_ray(jobs: Sequence[Job], dataset: Dataset, *, gpus: float = 0.0) -> Gener
     # A run that is begun again has to go on from its own checkpoint, which Ray's own retries know nothing of.
     task: Any = ray.remote(num_returns="streaming", max_retries=0)(remote)
     shared = ray.put(dataset)
-    attempts = dict.fromkeys([job.config.id for job in jobs], 0)
+    attempts = dict.fromkeys([job.name for job in jobs], 0)
 
     def submit(job: Job) -> Any:
-        return task.options(num_cpus=job.config.threads, num_gpus=gpus, name=job.config.id).remote(job, shared)
+        return task.options(num_cpus=job.threads, num_gpus=gpus, name=job.name).remote(job, shared)
 
     running: dict[Any, Job] = {submit(job): job for job in jobs}
     try:
@@ -87,17 +87,17 @@ def on_ray(jobs: Sequence[Job], dataset: Dataset, *, gpus: float = 0.0) -> Gener
             for stream in ready:
                 job = running[stream]
                 try:
-                    event: Event = ray.get(next(stream))
+                    events: list[Event] = [ray.get(next(stream))]
                 except StopIteration:
                     del running[stream]
                     continue
                 except RayError as error:
                     del running[stream]
-                    attempts[job.config.id] += 1
-                    event = died(attempts[job.config.id], job, f"has died ({type(error).__name__})")
-                    if isinstance(event, Said):
+                    attempts[job.name] += 1
+                    events = died(attempts[job.name], job, f"has died ({type(error).__name__})")
+                    if any(isinstance(event, Said) for event in events):
                         running[submit(job)] = job
-                yield event
+                yield from events
     finally:
         for stream in running:
             ray.cancel(stream, force=True)

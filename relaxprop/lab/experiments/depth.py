@@ -1,6 +1,6 @@
 """What each solver costs on deeper and deeper networks.
 
-May import: public names, solvers, lab.architectures, lab.bench, lab.environment, lab.experiments.gradients,
+May import: public names, solvers, lab.architectures, lab.bench.measuring, lab.environment, lab.experiments.gradients,
 lab.report.plots, lab.report.tables, lab.results, lab.files.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from relaxprop import (
     ActivationRelaxation,
@@ -21,8 +20,8 @@ from relaxprop import (
     Euler,
     steps_to_converge,
 )
-from relaxprop.lab.architectures import Problem
-from relaxprop.lab.bench import BASELINE, interleaved, ratio
+from relaxprop.lab.architectures import Problem, chain
+from relaxprop.lab.bench.measuring import BASELINE, interleaved, ratio
 from relaxprop.lab.environment import environment
 from relaxprop.lab.experiments.gradients import STEP_SIZE, gradient_step
 from relaxprop.lab.files import write_atomically
@@ -70,13 +69,9 @@ def _costs_at_depth(
 ) -> list[DepthCost]:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        layers = [nn.Linear(width, width) for _ in range(depth)]
-        for layer in layers:
-            nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
-        chain = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.Linear(width, 10))
-        problem = Problem(chain, (torch.rand(batch_size, width),), lambda y: (y**2).sum())
-    wrapped = {name: ActivationRelaxation(chain, solver=solver) for name, solver in solvers.items()}
-    steps = {BASELINE: gradient_step(chain, problem)}
+        problem = Problem(chain(depth, width), (torch.rand(batch_size, width),), lambda y: (y**2).sum())
+    wrapped = {name: ActivationRelaxation(problem.model, solver=solver) for name, solver in solvers.items()}
+    steps = {BASELINE: gradient_step(problem.model, problem)}
     steps |= {name: gradient_step(model, problem) for name, model in wrapped.items()}
     for step in steps.values():
         step()

@@ -1,6 +1,6 @@
 """Appendix A on real models: the gradients of every architecture, without a global clock too.
 
-May import: public names, recording, solvers, transients, lab.architectures, lab.bench, lab.environment,
+May import: public names, recording, solvers, transients, lab.architectures, lab.bench.measuring, lab.environment,
 lab.report.plots, lab.report.tables, lab.results, lab.files.
 """
 
@@ -26,7 +26,7 @@ from relaxprop import (
     steps_to_converge,
 )
 from relaxprop.lab.architectures import ARCHITECTURES, Problem, build
-from relaxprop.lab.bench import BASELINE, Step, interleaved, ratio
+from relaxprop.lab.bench.measuring import BASELINE, Step, interleaved, ratio
 from relaxprop.lab.environment import environment
 from relaxprop.lab.files import write_atomically
 from relaxprop.lab.report import plots

@@ -33,6 +33,7 @@ from relaxprop.lab.report.claims import (
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import (
     BASELINE,
+    BATCHED,
     AlignmentCurve,
     AlignmentCurves,
     AlignmentSample,
@@ -67,7 +68,20 @@ class Figure(NamedTuple):
     @property
     def notes(self) -> tuple[str, ...]:
         """What the table's columns mean, and what its verdicts rest on."""
-        return notes(self.rows, self.chance, runs=len(self.runs), planned=self.planned)
+        found = notes(self.rows, self.chance, runs=len(self.runs), planned=self.planned)
+        return (*found, *_batched_note(self.runs))
+
+
+def _batched_note(runs: Sequence[FinishedRun]) -> list[str]:
+    """How runs were computed whose seeds were trained as one network; empty where none was."""
+    seeds = [n for run in runs if (n := run.environment.get(BATCHED, 1)) > 1]
+    if not seeds:
+        return []
+    return [
+        f"batched with {max(seeds)} seeds: {len(seeds)} of {len(runs)} runs were trained as one network for "
+        "all seeds of a condition. Starts and minibatches are those of single runs, results are equal to theirs to "
+        "rounding, not to the last bit; seconds are the network's divided by its number of seeds"
+    ]
 
 
 def read_figure(path: Path, *, margin: float = MARGIN, probability: float = PROBABILITY) -> Figure:

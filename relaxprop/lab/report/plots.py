@@ -199,6 +199,55 @@ def cost_curves(costs: Sequence[DepthCost], title: str, path: Path) -> Path:
     return _save(figure, path)
 
 
+def step_costs(panels: Mapping[str, Mapping[str, tuple[float, float, float | None]]], path: Path) -> Path:
+    """What training steps cost relative to backpropagation's; a panel for each network, a line for each rule.
+
+    Args:
+        panels: by its title, each rule's ratio of time, of memory, and of operations where they are counted.
+    """
+    rows = [max(1, len(rules)) for rules in panels.values()]
+    figure = _figure(9, 0.3 * sum(rows) + 0.8 * len(rows) + 0.8)
+    all_axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True, height_ratios=rows).flatten()
+    kinds = (
+        (COLOURS[0], "o", "time"),
+        (COLOURS[1], "s", "memory"),
+        (COLOURS[2], "|", "operations (floor)"),
+    )
+    for axes, (name, rules) in zip(all_axes, panels.items(), strict=True):
+        for place, ratios in enumerate(rules.values()):
+            for ratio, (colour, marker, _) in zip(ratios, kinds, strict=True):
+                if ratio is not None:
+                    axes.plot(ratio, place, marker, color=colour, markersize=12 if marker == "|" else 5)
+        axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(rules)), list(rules), fontsize="small")
+        axes.set(xscale="log", ylim=(len(rules) - 0.5, -0.5))
+        axes.set_title(name, fontsize="medium")
+        axes.grid(alpha=0.3)
+    all_axes[-1].set_xlabel("relative to backpropagation's step")
+    handles = [_line(color=colour, marker=marker, linestyle="") for colour, marker, _ in kinds]
+    figure.legend(handles, [name for *_, name in kinds], loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
+def power_laws(panels: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[float, float]]]], path: Path) -> Path:
+    """Amounts against sizes, both logarithmic; a panel for each quantity and size, a line for each rule."""
+    quantities, sizes = (list(dict.fromkeys(key[i] for key in panels)) for i in (0, 1))
+    units = {"time": "time (ms)", "memory": "memory (bytes)"}
+    figure = _figure(_width(len(sizes)), 2.6 * len(quantities) + 0.9)
+    all_axes = figure.subplots(len(quantities), len(sizes), squeeze=False, sharex="col", sharey="row")
+    for i, quantity in enumerate(quantities):
+        for axes, size in zip(all_axes[i], sizes, strict=True):
+            for k, points in enumerate(panels[quantity, size].values()):
+                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[k % len(COLOURS)], markersize=3)
+            axes.set(xscale="log", yscale="log", xlabel=size, ylabel=units.get(quantity, quantity))
+            axes.label_outer()
+            axes.grid(alpha=0.3)
+    rules = list(next(iter(panels.values())))
+    handles = [_line(color=COLOURS[k % len(COLOURS)], marker="o") for k in range(len(rules))]
+    figure.legend(handles, rules, loc="outside lower center", ncols=3)
+    return _save(figure, path)
+
+
 def accuracy_by_cost(points: Mapping[str, tuple[float, Mean]], title: str, path: Path) -> Path:
     """Test accuracy, mean over seeds with its standard error, against the time of an epoch over backpropagation's."""
     figure = _figure(8, 5.5)
