@@ -53,7 +53,7 @@ def convergence_curves(result: Convergence, *, ax: Axes | None = None) -> Axes:
         if not name.endswith("weight"):
             continue
         steps = np.arange(len(measured))
-        (line,) = ax.plot(steps, measured, label=name)
+        (line,) = ax.plot(steps, measured, label=name if measured.any() else f"{name} (exact from the start)")
         some = slice(None, None, max(1, len(steps) // 20))
         ax.plot(steps[some], result.predicted[name][some], "o", color=line.get_color(), markersize=4, fillstyle="none")
     ax.plot([], [], "o", color="grey", markersize=4, fillstyle="none", label="predicted")
@@ -85,8 +85,11 @@ def alignment_over_training(
 
     Raises:
         ModuleNotFoundError: if Matplotlib is not installed.
+        TypeError: if ``measurements`` is one measurement and no list of them.
         ValueError: if ``measurements`` is empty, or ``at`` has another number of places.
     """
+    if isinstance(measurements, Mapping):
+        raise TypeError("measurements must be a list of what alignment or feedback_alignment returned, got one of them")
     places = list(range(len(measurements))) if at is None else list(at)
     if not measurements or len(places) != len(measurements):
         raise ValueError(
@@ -186,10 +189,13 @@ def states_over_steps(
 
     Raises:
         ModuleNotFoundError: if Matplotlib is not installed.
+        TypeError: if a record is None.
         ValueError: if there is no record, a record has no states or no such vertex or sample, or no number of steps is
             known.
     """
     check_count("units", units)
+    if None in records:
+        raise TypeError("a record is None, as model.last_relaxation is before the first backward pass")
     places = [record.num_steps for record in records] if at is None else list(at)
     if not records or len(places) != len(records) or None in places:
         raise ValueError(

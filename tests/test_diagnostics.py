@@ -291,6 +291,15 @@ def test_the_models_own_solver_is_the_default() -> None:
         assert convergence(model, squares, z, solver=Euler(0.2, 3)).solver == Euler(0.2, 3)
 
 
+@pytest.mark.parametrize("diagnose", [alignment, convergence])
+def test_a_loss_that_is_no_function_is_refused(diagnose: Any) -> None:
+    model, x = ActivationRelaxation(mlp(4, 5, 2)), torch.randn(3, 4)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function .*alignment\(model, loss_fn, x\), got Tensor"):
+        diagnose(model, x, squares)
+    with pytest.raises(TypeError, match=r"loss_fn must be a function .*got Tensor in its place"):
+        diagnose(model, squares(model(x)), x)
+
+
 def test_convergence_wants_everything_frozen() -> None:
     model = ActivationRelaxation(mlp(4, 5, 2), frozen=Frozen(update_activity=False))
     with pytest.raises(ValueError, match=r"everything frozen, got a model with frozen=Frozen\(.*update_activity=False"):

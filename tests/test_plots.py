@@ -75,6 +75,8 @@ def test_convergence(ax: Axes) -> None:
     weights = [name for name in result.measured if name.endswith("weight")]
     for line, name in zip(predicted, weights, strict=True):
         assert (np.asarray(line.get_ydata()) == result.predicted[name][np.asarray(line.get_xdata())]).all()
+    last = weights[-1]  # nothing lies between it and the loss: a logarithmic axis has no place for its zeros
+    assert [label for label in curves(ax) if label.startswith(last)] == [f"{last} (exact from the start)"]
 
 
 def test_alignment_over_training(ax: Axes) -> None:
@@ -144,6 +146,10 @@ def test_what_cannot_be_drawn_is_refused(ax: Axes, monkeypatch: pytest.MonkeyPat
         plots.alignment_over_training([], ax=ax)
     with pytest.raises(ValueError, match="got 1 measurements and 2 places"):
         plots.alignment_over_training([{"w": Alignment(1, 0, 1, 0)}], at=[1, 2], ax=ax)
+    with pytest.raises(TypeError, match="a list of what alignment or feedback_alignment returned, got one of them"):
+        plots.alignment_over_training({"w": Alignment(1, 0, 1, 0)}, ax=ax)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a record is None, .* before the first backward pass"):
+        plots.states_over_steps([None], "1", ax=ax)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="got 0 records"):
         plots.states_over_steps([], "1", ax=ax)
     with pytest.raises(ValueError, match="pass keep_states=True"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from relaxprop.derivatives import restored
 from relaxprop.feedback import backwards_weights, symmetric
-from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
+from relaxprop.inspect.model import LossFunction, SamePass, check_loss_function, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
 from relaxprop.rule import LearningRule
 
@@ -55,11 +55,12 @@ def alignment(model: LearningRule, loss_fn: LossFunction, *inputs: Any, **kwargs
         By the parameter's name in the plain module; parameters that the loss does not depend on are left out.
 
     Raises:
-        TypeError: if ``model`` is not wrapped, or the loss is not a scalar.
+        TypeError: if ``model`` is not wrapped, ``loss_fn`` is no function, or the loss is not a scalar.
         RuntimeError: if the passes differ, since the model keeps a state where it is not put back, or the loss reads an
             activity that the model did not return.
     """
     check_model(model, LearningRule)
+    check_loss_function(loss_fn)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
     same_pass = SamePass(model)
 

@@ -23,7 +23,7 @@ from relaxprop.feedback import symmetric
 from relaxprop.frozen import ALL_FROZEN
 from relaxprop.graph import Graph, States
 from relaxprop.inspect.alignment import numbers
-from relaxprop.inspect.model import LossFunction, SamePass, check_model, scalar, undisturbed
+from relaxprop.inspect.model import LossFunction, SamePass, check_loss_function, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
 from relaxprop.nested import map_requiring_grad
 from relaxprop.solvers import Euler, Solver
@@ -102,12 +102,13 @@ def convergence(
         Curves by the parameter's name in the plain module, without those whose gradient is zero.
 
     Raises:
-        TypeError: if ``model`` is not wrapped, or the loss is not a scalar.
+        TypeError: if ``model`` is not wrapped, ``loss_fn`` is no function, or the loss is not a scalar.
         ValueError: if no solver is given and the model's own has no steps to follow, or if not everything is frozen,
             where the gradient is not a sum over hops.
         RuntimeError: if the passes differ, since the model keeps a state where it is not put back.
     """
     check_model(model)
+    check_loss_function(loss_fn)
     frozen = model.settings.frozen
     if frozen != ALL_FROZEN:
         raise ValueError(

@@ -96,6 +96,11 @@ def check_model(model: object, kind: type[LearningRule] = ActivationRelaxation) 
         if kind is ActivationRelaxation
         else "an ActivationRelaxation or another learning rule"
     )
+    if isinstance(model, LearningRule):
+        got = rule_of(type(model)).__name__
+        raise TypeError(
+            f"model must be {must}, got {got}, which has no relaxation phase to follow: look at it by alignment"
+        )
     parts = model.named_modules() if isinstance(model, nn.Module) else ()
     wrapped = [name for name, part in parts if isinstance(part, kind)]
     if not wrapped:
@@ -106,6 +111,19 @@ def check_model(model: object, kind: type[LearningRule] = ActivationRelaxation) 
         f"model must be {must}, got a {type(model).__name__} that contains {names}: pass such a part, "
         f"model.get_submodule({wrapped[0]!r}), with the arguments that it is called with"
     )
+
+
+def check_loss_function(loss_fn: object) -> None:
+    """Refuse what cannot be called, as the loss itself, or an input that stands in its place.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    if not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be a function from the model's result to a scalar loss, and the model's inputs follow it, as "
+            f"in alignment(model, loss_fn, x), got {type(loss_fn).__name__} in its place"
+        )
 
 
 def scalar(loss: object) -> Tensor:

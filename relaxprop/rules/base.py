@@ -116,8 +116,9 @@ class Rule(LearningRule):
         last_phase: the `Phase` record of the latest backward pass, None before the first.
 
     Raises:
-        TypeError: if ``module`` is not a module, is already wrapped, or has to be outside of the wrapper.
-        ValueError: if no vertex is found.
+        TypeError: if ``module`` is not a module, is already wrapped, or has to be outside of the wrapper, or
+            ``settings`` is no `RuleSettings`; in the backward pass, if `solve` does not return states and a `Phase`.
+        ValueError: if no vertex is found; in the backward pass, if a vertex has no state of its activity's shape.
         NonFiniteStateError: in the backward pass, if a state is not finite (``check_finite``).
     """
 
@@ -125,6 +126,8 @@ class Rule(LearningRule):
     last_phase: Phase | None
 
     def __init__(self, module: nn.Module, settings: RuleSettings | None = None) -> None:
+        if settings is not None and not isinstance(settings, RuleSettings):
+            raise TypeError(f"settings must be a RuleSettings(…) or of a class that derives from it, got {settings!r}")
         super().__init__(module, RuleSettings() if settings is None else settings)
 
     @property
@@ -139,12 +142,18 @@ class Rule(LearningRule):
             graph: the recorded pass. ``graph.output_cotangents`` are ∂L/∂(outputs), ``graph.transport(states)`` is
                 ``A x``, one product with every local Jacobian; ``v.stand_in`` is a vertex's activity x̄_v.
         """
-        raise NotImplementedError(f"{rule_of(type(self)).__name__}.solve: a learning rule says which states there are")
+        name = rule_of(type(self)).__name__
+        raise NotImplementedError(f"{name} has no method solve(graph) of its own, which gives every vertex its state")
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
         self._refuse_surroundings(args, kwargs)
         recording = self.record(args, kwargs)
-        return self._handed_out(recording, self.solve, recording.update)
+        return self._handed_out(recording, self._solve, recording.update)
+
+    def _solve(self, graph: Graph) -> tuple[States, Phase]:
+        found = self.solve(graph)
+        check_solved(graph, found, f"{rule_of(type(self)).__name__}.solve")
+        return found
 
     def record(self, args: Any, kwargs: Any = None) -> Recording:
         """The module's forward pass, recorded as for training."""
@@ -185,6 +194,41 @@ class Rule(LearningRule):
 
 
 _COMMON = RuleSettings.__dataclass_fields__.keys()
+
+
+def check_solved(graph: Graph, found: object, solve: str) -> None:
+    """Refuse what is not a state for every vertex and a record: PyTorch would leave weights without a gradient.
+
+    Args:
+        graph: the recorded pass.
+        found: what a rule's ``solve`` returned.
+        solve: its name, for the message.
+
+    Raises:
+        TypeError: if it is not a pair of a dictionary and a `Phase`.
+        ValueError: if a vertex has no state, a state has another shape than the vertex's activity, or a key is no
+            vertex.
+    """
+    match found:
+        case Mapping() as states, Phase():
+            pass
+        case _:
+            got = f"({', '.join(type(part).__name__ for part in found)})" if isinstance(found, tuple) else shown(found)
+            raise TypeError(f"{solve} must return two things, a dictionary of states by vertex and a Phase, got {got}")
+    for vertex in graph.vertices:
+        if not isinstance(state := states.get(vertex), Tensor):
+            raise ValueError(
+                f"{solve} gives vertex {vertex.name!r} no state: each of graph.vertices (and not its name) is a key "
+                "of the states, and the value is a tensor of the shape of the vertex's activity"
+            )
+        if state.shape != vertex.stand_in.shape:
+            raise ValueError(
+                f"{solve} gives vertex {vertex.name!r} a state of shape {tuple(state.shape)}, but its activity has "
+                f"the shape {tuple(vertex.stand_in.shape)}"
+            )
+    if len(states) > len(graph.vertices):
+        others = ", ".join(sorted({shown(key) for key in states.keys() - set(graph.vertices)})[:3])
+        raise ValueError(f"{solve} gives a state to what is none of graph.vertices: {others}")
 
 
 def refuse_target_of_its_own(rule: LearningRule) -> None:

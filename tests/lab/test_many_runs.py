@@ -447,6 +447,9 @@ def test_the_list_of_runs(folder: Path, directories: Path) -> None:
     assert "broken is damaged" in said
     status, said = invoke("runs", folder, "--where", "rul=ar")
     assert (status, "--where" in said, "field must be one of" in said) == (2, True, True)
+    assert "frozen.update_derivative" in said  # as --where takes it
+    status, said = invoke("runs", folder, "--where", "frozen.update_derivative=false")
+    assert (status, " b 2/2 " in said, " a 2/2 " in said) == (0, True, False)
 
 
 @pytest.mark.parametrize("figure", list(paper.EXPERIMENTS))

@@ -109,7 +109,7 @@ def test_alignment_of_every_rule() -> None:
 
 def test_what_is_about_relaxation_alone_is_refused_by_name() -> None:
     model = DirectFeedback(mlp(3, 4, 2))
-    with refuses(TypeError, "model must be an ActivationRelaxation, got DirectFeedback"):
+    with refuses(TypeError, "model must be an ActivationRelaxation, got DirectFeedback", "no relaxation phase"):
         certificate(model, X)  # type: ignore[arg-type]
     with refuses(TypeError, "model must be an ActivationRelaxation, got DirectFeedback"):
         convergence(model, squares, X)  # type: ignore[arg-type]

@@ -37,8 +37,9 @@ RunsOption = Annotated[
 
 
 @contextmanager
-def usage_errors(option: str) -> Iterator[None]:
-    """Turns what an object of the library refuses into a usage error."""
+def usage_errors(option: str, *, of_fields: bool = False) -> Iterator[None]:
+    """Turns what an object of the library refuses into a usage error, in the words of the command line or, where the
+    option takes fields of a run's description, in those of the description."""
     try:
         yield
     except ValidationError as error:
@@ -50,7 +51,7 @@ def usage_errors(option: str) -> Iterator[None]:
         flag = {"dropped": "--drop-derivatives"}.get(name, f"--{name.replace('_', '-')}")
         raise typer.BadParameter(f"{message}, got {first['input']!r}", param_hint=flag) from error
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(spoken(str(error)), param_hint=option) from error
+        raise typer.BadParameter(str(error) if of_fields else spoken(str(error)), param_hint=option) from error
 
 
 def spoken(message: str) -> str:

@@ -61,7 +61,7 @@ def runs(
         chosen = chosen if value is None else [run for run in chosen if run.config[name] == value]
     if finished is not None:
         chosen = [run for run in chosen if run.is_finished == finished]
-    with usage_errors("--sort"):
+    with usage_errors("--sort", of_fields=True):
         chosen = records.sort(chosen, sort, descending=descending)
     rows = [("run", "condition", "epochs", "accuracy", "where it differs")]
     for run, differs in zip(chosen, records.differing(chosen), strict=True):
@@ -112,7 +112,7 @@ def compare(
     sides = []
     for what, wanted in (("A", first), ("B", second)):
         filters = wanted.split(",") if "=" in wanted else [f"condition={json.dumps(wanted, ensure_ascii=False)}"]
-        with usage_errors(what):
+        with usage_errors(what, of_fields=True):
             side = chosen
             for condition in filters:
                 side = records.where(side, condition)
@@ -156,7 +156,7 @@ def _chosen(paths: Sequence[Path], conditions: Sequence[str] | None, *, strict: 
     if any(condition.startswith("condition") for condition in conditions or ()):
         chosen = _with_conditions(chosen)
     for condition in conditions or ():
-        with usage_errors("--where"):
+        with usage_errors("--where", of_fields=True):
             chosen = records.where(chosen, condition)
     return chosen
 
