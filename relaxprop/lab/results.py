@@ -79,6 +79,7 @@ class Head(BaseModel):
     chance: float | None = Field(default=None, ge=0, le=1)  # test accuracy of naming the most frequent class
     conditions: dict[str, Compared] = Field(default_factory=dict)  # by name, in the table's order
     not_local: dict[str, list[str]] | None = None  # by name, the kinds of what is not local in the updates
+    costs: dict[str, float] | None = None  # by name, the time of a training step over backpropagation's
 
 
 class RunLine(BaseModel):

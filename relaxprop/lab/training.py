@@ -175,7 +175,7 @@ def epochs_at_once(
     if config.signed_inputs:
         dataset = dataset.signed()
     runs = [_started(each, record, dataset) for each, record in unfinished]
-    with _threads(config.threads), ExitStack() as stack:
+    with limited_threads(config.threads), ExitStack() as stack:
         opened = {}
         for run in sorted(runs, key=lambda run: run.config.id):  # another process takes them in the same order
             opened[run] = stack.enter_context(_opened(run.record, group))
@@ -313,7 +313,7 @@ def _check_shared(config: RunConfig) -> None:
 
 
 @contextmanager
-def _threads(number: int) -> Iterator[None]:
+def limited_threads(number: int) -> Iterator[None]:
     """Within it, PyTorch computes by so many threads: the order in which it takes sums depends on them."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

@@ -268,6 +268,17 @@ def test_what_is_not_local(digits: Dataset) -> None:
     assert (found["dfa"], found["drtp"]) == (["error broadcast"], ["target broadcast"])
 
 
+def test_costs_are_measured_in_turn_and_change_no_weights(digits: Dataset) -> None:
+    names = ("backprop", "pc", "mirror", "drtp")
+    planned = rules.compared_runs("mlp", digits, dict.fromkeys(names, 0.001), seeds=1, epochs=1)
+    threads = torch.get_num_threads()
+    found = rules.costs(dict(planned), digits)
+    assert found.keys() == set(names)
+    assert found["backprop"] == 1
+    assert found["pc"] > 3  # twenty runs of the model
+    assert torch.get_num_threads() == threads
+
+
 def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_path: Path) -> None:
     def compute(_names: Any, configs: Any) -> list[FinishedRun]:
         return run_all(configs, digits, root=tmp_path / "runs")

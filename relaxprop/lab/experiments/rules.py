@@ -5,8 +5,9 @@ taken at which it classifies the last fifth best. The search begins in the grid'
 next to the best have been tried. No test image is looked at for that. Then all are trained from the same starts and on
 the same minibatches, seed by seed.
 
-May import: public names, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
-lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.stats, lab.store, lab.training.
+May import: public names, lab.bench.measuring, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
+lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.rules, lab.stats, lab.store,
+lab.training.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from relaxprop import describe_locality
+import torch
+from torch.nn import functional
+
+from relaxprop import describe_locality, mirror_weights
 from relaxprop.lab import models
+from relaxprop.lab.bench.measuring import Step, interleaved, ratio, warm
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.experiments.conditions import Condition
@@ -30,9 +35,10 @@ from relaxprop.lab.report import plots
 from relaxprop.lab.report.figures import alignment_curves
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import REFERENCE, Compared, FinishedRun, Head, RunLine
+from relaxprop.lab.rules import called
 from relaxprop.lab.stats import Mean, mean_over_seeds
 from relaxprop.lab.store import read_lines, write_lines
-from relaxprop.lab.training import wrapped_by
+from relaxprop.lab.training import expected_transients, limited_threads, measured_by, wrapped_by
 
 TITLE = "the rivals on the same network"
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
@@ -43,6 +49,7 @@ HELD_OUT = 5  # one of so many training images
 SEARCH = "search.jsonl"
 STEPS = {"step_size": 0.2, "num_steps": 20}
 EPOCHS, SEEDS = 8, 5
+ROUNDS = 15  # of measured training steps
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ RIVALS: dict[str, Rival] = {
     "frSF": Rival("signs of W, fixed magnitudes", feedback={"all": "fixed-sign"}),
     "brSF": Rival("signs of W, magnitudes drawn anew", feedback={"all": "batch-sign"}),
     "dfa": Rival("direct feedback alignment", rule="dfa", claim="worse"),
-    "drtp": Rival("direct random target projection", rule="drtp", claim="worse"),
+    # A target does not shrink with the error: weights as large as those of "dfa" drown what the output layer tells.
+    "drtp": Rival("direct random target projection", rule="drtp", rule_options={"std": 0.002}, claim="worse"),
 }
 
 
@@ -171,6 +179,34 @@ def not_local(config: RunConfig, dataset: Dataset) -> list[str]:
     return sorted(describe_locality(wrapped_by(config, network), dataset.train.images[:2]).non_local)
 
 
+def costs(configs: Mapping[str, RunConfig], dataset: Dataset) -> dict[str, float]:
+    """The time of a training step over backpropagation's, in turn on one minibatch; by the name of the condition."""
+    steps = {name: _training_step(config, dataset.enlarged(config.enlarged)) for name, config in configs.items()}
+    with limited_threads(configs[REFERENCE].threads), expected_transients():
+        warm(steps)
+        times = interleaved(steps, rounds=ROUNDS)
+    return {name: ratio(times, name, REFERENCE) for name in steps}
+
+
+def _training_step(config: RunConfig, dataset: Dataset) -> Step:
+    network = models.build(config.model, dataset, seed=0, feedback=config.feedback, dropped=config.dropped)
+    trained: Any = network if config.rule == "backprop" else wrapped_by(config, network)
+    images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
+    targets = functional.one_hot(labels, len(dataset.classes)).to(images.dtype)
+    more, loss_of = called(config.rule, measured_by(config), targets, labels)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)  # a step of no length costs the same
+
+    def step() -> None:
+        if "mirror" in config.feedback.values():
+            mirror_weights(trained)
+        loss = loss_of(trained(images, **more))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
 class Row(NamedTuple):
     """One rule's results."""
 
@@ -201,6 +237,7 @@ def keep(
     command: str,
 ) -> None:
     """Keeps the runs that were compared, and those by which their learning rates were chosen."""
+    measured = costs({name: run.config for name, run in zip(*found, strict=True)}, dataset)
     for (names, runs), path in ((found, folder / RECORDS), (searched, folder / SEARCH)):
         configs = {name: run.config for name, run in zip(names, runs, strict=True)}
         head = Head(
@@ -211,6 +248,7 @@ def keep(
             chance=dataset.chance,
             conditions={n: Compared(RIVALS[n].title, RIVALS[n].claim, REFERENCE) for n in configs},
             not_local={name: not_local(config, dataset) for name, config in configs.items()},
+            costs=measured,
         )
         write_lines(path, head, [RunLine.of(run, name) for run, name in zip(runs, names, strict=True)])
 
@@ -232,7 +270,7 @@ def read_rivals(folder: Path) -> Rivals:
         OutputError: the records cannot be read, are of another experiment, or cannot be paired.
     """
     head, conditions, runs = read_lines(folder / RECORDS)
-    if head.experiment != TITLE or head.not_local is None:
+    if head.experiment != TITLE or head.not_local is None or head.costs is None:
         raise OutputError(f"{folder / RECORDS} is of another experiment: {head.experiment}")
     by_name: dict[str, dict[int, FinishedRun]] = {}
     for name, run in zip(conditions, runs, strict=True):
@@ -242,7 +280,8 @@ def read_rivals(folder: Path) -> Rivals:
         if own.keys() != reference.keys():
             raise OutputError(f"{folder / RECORDS}: {name} and {REFERENCE} have not the same seeds")
     rows = [
-        _row(name, head.conditions[name].title, own, reference, head.not_local[name]) for name, own in by_name.items()
+        _row(name, head.conditions[name].title, own, reference, head.not_local[name], head.costs[name])
+        for name, own in by_name.items()
     ]
     config = runs[0].config
     n, epochs = len(reference), config.epochs
@@ -255,7 +294,8 @@ def read_rivals(folder: Path) -> Rivals:
         "difference: of the final test accuracy to backpropagation's, seed by seed, with its 95 % interval",
         "alignment: cosine to backpropagation's gradient on the first minibatch of the last epoch, mean over the "
         "weight matrices, and that of the matrix next to the input",
-        "cost: median time of an epoch over backpropagation's",
+        f"cost: time of a training step over backpropagation's, measured in turn on {config.threads} thread"
+        f"{'s' * (config.threads > 1)}, median of {ROUNDS} rounds",
         f"chance: {100 * (head.chance or 0):.2f} %",
     ]
     if config.enlarged > 1:
@@ -264,13 +304,15 @@ def read_rivals(folder: Path) -> Rivals:
 
 
 def _row(
-    name: str, title: str, own: Mapping[int, FinishedRun], reference: Mapping[int, FinishedRun], kinds: Sequence[str]
+    name: str,
+    title: str,
+    own: Mapping[int, FinishedRun],
+    reference: Mapping[int, FinishedRun],
+    kinds: Sequence[str],
+    cost: float,
 ) -> Row:
     final = {seed: run.metrics[-1].test_accuracy for seed, run in own.items()}
     exact = {seed: run.metrics[-1].test_accuracy for seed, run in reference.items()}
-    seconds, least = (
-        statistics.median(m.seconds for r in runs.values() for m in r.metrics) for runs in (own, reference)
-    )
     measured = alignment_curves([name] * len(own), list(own.values())).get(name)
     weights = [] if measured is None else [c for n, c in measured.gradients.items() if n.endswith("weight")]
     by_seed = [
@@ -287,7 +329,7 @@ def _row(
         first=weights[0].cosines[-1] if weights else None,
         not_local=kinds,
         rate=next(iter(own.values())).config.learning_rate,
-        cost=seconds / least,
+        cost=cost,
     )
 
 
