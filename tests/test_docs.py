@@ -153,6 +153,19 @@ def test_the_costs_in_the_text_are_those_of_the_kept_benchmarks() -> None:
     assert f"`DirectFeedback` {cnn['DirectFeedback()'].time_ratio:.2f}×" in text
 
 
+def test_the_costs_of_others_code_are_those_of_the_kept_benchmark() -> None:
+    (benchmark,) = document.read(RESULTS / "bench" / "against-mlp" / document.FILE).benchmarks
+    ratios = {cost.rule: f"{cost.time_ratio:.1f}×" for cost in benchmark.costs}
+    ours, theirs, authors = (
+        ratios[name]
+        for name in ("ClosedForm(0.1, 100)", "Torch2PC FixedPred(0.1, 100)", "the authors' code (0.1, 100)")
+    )
+    assert (
+        f"takes {ours} backpropagation's time by `PAPER`, {theirs} by Torch2PC's fixed predictions, and {authors} by "
+        "the authors' code" in TEXT["results/costs"]
+    )
+
+
 def test_the_learning_curves_numbers_are_the_kept_results() -> None:
     lines = csv.DictReader((RESULTS / "figure1" / "accuracy.csv").read_text().splitlines())
     accuracy = {(line["condition"], line["epoch"]): f"{100 * float(line['test_accuracy']):.2f}" for line in lines}

@@ -249,7 +249,9 @@ def power_laws(panels: Mapping[tuple[str, str], Mapping[str, Sequence[tuple[floa
 
 
 def accuracy_by_cost(points: Mapping[str, tuple[float, Mean]], title: str, path: Path) -> Path:
-    """Test accuracy, mean over seeds with its standard error, against the time of an epoch over backpropagation's."""
+    """Test accuracy, mean over seeds with its standard error, against the time of a step over backpropagation's."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     figure = _figure(8, 5.5)
     axes = figure.subplots()
     markers = "osD^v<>P"
@@ -259,7 +261,10 @@ def accuracy_by_cost(points: Mapping[str, tuple[float, Mean]], title: str, path:
             cost, 100 * accuracy.mean, yerr=error, fmt=markers[i // len(COLOURS) % len(markers)],
             color=COLOURS[i % len(COLOURS)], label=label, capsize=3,
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="time of an epoch over backpropagation's", ylabel="test accuracy (%)")
+    axes.set(xscale="log", xlabel="time of a training step over backpropagation's", ylabel="test accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}×"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
