@@ -75,7 +75,8 @@ def test_its_page_stands_alone(built: tuple[Path, Path]) -> None:
     for target in targets:
         for base in (ours, raw):
             assert not target.startswith(base) or (ROOT / target.removeprefix(base)).exists(), target
-    assert sum(target.startswith(raw) for target in targets) == 1
+    pictures = re.findall(r"^!\[", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert sum(target.startswith(raw) for target in targets) == len(pictures) == 2
     assert "$" not in page
     assert "<!--" not in page
     urls = dict(line.split(", ") for line in described.get_all("Project-URL", []))
