@@ -8,7 +8,7 @@ PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/pip --disable-pip-version-check ins
 .PHONY: demo test docs test-cluster test-crash test-integrations test-torch lab-speed clean
 
 demo: $(VENV)/lab
-	$(BIN)/relaxprop reproduce demo
+	$(BIN)/relaxprop reproduce demo --batched-seeds
 
 test: $(VENV)/test
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
     epochs: int = 8  # of the demo's grid
     seconds: float = 30.0  # of the run that an engine's overhead is measured on
     runs: int = 10_000
-    demo: tuple[str, ...] = ()  # options of the demo
+    demo: tuple[str, ...] = ("--batched-seeds",)  # options of the demo, as `make demo` has them
 
 
 SMALL = Sizes(1, 2, 1, 1, 1.0, 100, ("--epochs", "1", "--seeds", "1", "--condition", "b"))
@@ -194,7 +194,7 @@ def listing(sizes: Sizes) -> list[Row]:
 
 
 def demo(sizes: Sizes) -> list[Row]:
-    """`relaxprop reproduce demo` from an empty folder to its report."""
+    """The command of `make demo` from an empty folder to its report."""
     took = []
     for _ in range(sizes.repeats):
         with tempfile.TemporaryDirectory() as root:
