@@ -223,12 +223,13 @@ def _of_summary(kept: dict[str, Any], path: Path, results: Path, plan: Plan, com
 
 
 def _command(path: Path, text: str) -> str | None:
-    """Of a figure's results; None where they are of something else."""
+    """Of a figure's results; None where they are of something else, as the comparison of the rules is."""
     try:
         command = json.loads(text)["command"]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} does not say by which command it was made") from error
-    return command if str(command).startswith(" ".join(COMMAND)) else None
+    reproduces, rules = (f"{' '.join(COMMAND)} {of}" for of in ("", "rules "))
+    return command if f"{command} ".startswith(reproduces) and not f"{command} ".startswith(rules) else None
 
 
 def _plan(path: Path, command: str) -> Plan:
