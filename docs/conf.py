@@ -46,7 +46,7 @@ nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600  # seconds for a block: other work may share the machine
 nb_output_stderr = "remove-warn"  # with -W, a notebook that writes a warning ends the build
 
 autodoc_member_order = "bysource"
@@ -82,7 +82,8 @@ def write_generated(app: Sphinx) -> None:
     grown = results / "bench" / "scaling" / document.FILE
     others = sorted(path for path in results.glob(f"bench/*/{document.FILE}") if path != grown)
     for name, paths in (("bench", others), ("scaling", [grown] if grown.exists() else [])):
-        shown = [f"### {path.parent.name}\n\n{document.markdown(document.read(path))}" for path in paths]
+        titles = [f"### {path.parent.name}\n\n" if len(paths) > 1 else "" for path in paths]
+        shown = [title + document.markdown(document.read(path)) for title, path in zip(titles, paths, strict=True)]
         text = "\n".join(shown) or "No measurement is kept yet; its command is in `results/bench/README.md`.\n"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / "rooms.md").write_text("\n".join(rooms()), encoding="utf-8")
