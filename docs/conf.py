@@ -15,7 +15,6 @@ from typer.main import get_command
 
 import relaxprop
 from relaxprop.lab.bench import document
-from relaxprop.lab.bench.records import Benchmark
 from relaxprop.lab.cli.main import app as command_line
 from relaxprop.lab.report.tables import markdown_table
 
@@ -76,8 +75,8 @@ def write_generated(app: Sphinx) -> None:
     folder = HERE / "generated"
     folder.mkdir(exist_ok=True)
     results = HERE.parent / "results"
-    kept = Benchmark.model_validate_json((results / "bench-mlp.json").read_text(encoding="utf-8"))
-    tables = [markdown_table(table.columns, table.rows) for table in document.cost_tables(kept)]
+    papers_network = document.read(results / "bench" / "mlp" / document.FILE).benchmarks[0]
+    tables = [markdown_table(table.columns, table.rows) for table in document.cost_tables(papers_network)]
     (folder / "bench-mlp.md").write_text("\n".join(tables), encoding="utf-8")
     grown = results / "bench" / "scaling" / document.FILE
     others = sorted(path for path in results.glob(f"bench/*/{document.FILE}") if path != grown)
