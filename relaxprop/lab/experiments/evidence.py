@@ -228,8 +228,8 @@ def _command(path: Path, text: str) -> str | None:
         command = json.loads(text)["command"]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} does not say by which command it was made") from error
-    reproduces, rules = (f"{' '.join(COMMAND)} {of}" for of in ("", "rules "))
-    return command if f"{command} ".startswith(reproduces) and not f"{command} ".startswith(rules) else None
+    words = tuple(str(command).split())
+    return command if words[:2] == COMMAND and words[2:3] != ("rules",) else None
 
 
 def _plan(path: Path, command: str) -> Plan:
