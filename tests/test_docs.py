@@ -32,7 +32,7 @@ WRITTEN = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "genera
 PAGES = {str(path.relative_to(DOCS).with_suffix("")): path.read_text(encoding="utf-8") for path in WRITTEN}
 TEXT = {name: " ".join(page.split()) for name, page in PAGES.items()}
 # Of two kinds: shown as they stand, and executed by the build as well.
-PYTHON = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(?::\w.*\n)*(.*?)^```$", re.M | re.S)
+PYTHON = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(?::\w[^\n]*\n)*(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
 
 
@@ -46,6 +46,13 @@ def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatc
     for block in PYTHON.findall(PAGES[page]):
         exec(compile(block, f"docs/{page}.md", "exec"), names)
     plt.close("all")
+
+
+def test_the_lines_of_code_fit_the_column() -> None:
+    """The site shows 90 letters beside its contents; the examples have a limit of their own for ruff."""
+    for name, page in PAGES.items():
+        for block in (*PYTHON.findall(page), *SHELL.findall(page)):
+            assert [line for line in block.splitlines() if len(line) > 88] == [], name
 
 
 def commands() -> list[str]:
@@ -75,7 +82,7 @@ def test_what_is_installed_is_an_extra_of_the_project() -> None:
 
 
 def test_every_public_name_has_its_place_among_the_names() -> None:
-    shown = re.findall(r"^\.\. auto\w+:: (\S+)", PAGES["api"], re.M)
+    shown = re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", PAGES["api"], re.M)
     plotting = [f"plots.{name}" for name in plots.__all__]
     bases = [f"rules.{name}" for name in rules.__all__ if name not in relaxprop.__all__]
     assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting, *bases))
