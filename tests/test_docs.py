@@ -99,6 +99,25 @@ def test_what_pages_include_and_show_is_there() -> None:
             assert (ROOT / target).exists(), f"{name}: {target}"
 
 
+def test_files_and_goals_that_are_named_exist() -> None:
+    """Also by what stands beside the site: how to contribute, and the READMEs of the kept results."""
+    beside = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *RESULTS.rglob("README.md")]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in beside} | PAGES
+    goals = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for name, text in texts.items():
+        paths = re.findall(r"`((?:relaxprop|tests|docs|results|\.github)/[\w./-]*)`", text)
+        started = re.findall(r"(?:python|torchrun --nproc-per-node 2) ((?:docs|results)/\S+\.py)", text)
+        for path in (*paths, *started):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+        named = re.findall(r"`make\s([\w-]+)[^`]*`", text) + re.findall(r"^make ([\w-]+)", text, re.M)
+        assert set(named) <= goals, name
+
+
+def test_every_folder_of_results_has_a_line() -> None:
+    lines = re.findall(r"^\| `([^`]+)` \| .+ \|$", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
+    assert lines == sorted(path.name for path in RESULTS.iterdir() if path.name not in ("README.md", "__pycache__"))
+
+
 def test_every_kept_table_is_shown() -> None:
     shown = {
         ((DOCS / name).parent / target).resolve()
