@@ -120,7 +120,7 @@ def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 # What is one number, an interval or a mean with its error: it stays on one line of its cell.
-NUMBER = re.compile(r"[<≤≥±]? ?[-+−]?\d[\d.,]*(e[-+]?\d+)?( ?[×%]| (± [\d.,]+|to [-+−]?[\d.,]+))?")
+NUMBER = re.compile(r"[<≤≥]? ?[-+−]?\d[\d.,]*(e[-+]?\d+)?(-[\d.,]+| ± [\d.,]+| to [-+−]?[\d.,]+)?( ?(×|%|s))?")
 
 
 def tables_are_read_with_ease(app: Sphinx, page: nodes.document) -> None:
@@ -128,6 +128,8 @@ def tables_are_read_with_ease(app: Sphinx, page: nodes.document) -> None:
     for entry in page.findall(nodes.entry):
         if NUMBER.fullmatch(entry.astext()):
             entry["classes"].append("number")
+    for dash in [text for text in page.findall(nodes.Text) if text == " -- "]:
+        dash.parent.replace(dash, nodes.Text(" – "))  # between an argument and what is said of it
     said: set[str] = set()
     for item in list(page.findall(nodes.list_item)) if app.env.docname.startswith("results/") else []:
         bullets, text = item.parent, item.astext()

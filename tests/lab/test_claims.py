@@ -191,7 +191,7 @@ def test_what_is_said_without_evidence(tmp_path: Path) -> None:
     )
     assert page.count("| 0 |  |  |  | open: no runs |  | none |") == 37
     for figure, dataset in FIGURES:
-        assert f"\n* to be computed: `relaxprop reproduce {figure} --dataset {dataset}`\n" in page
+        assert f"\n* to be computed by `relaxprop reproduce {figure} --dataset {dataset}`\n" in page
     assert "There are no runs yet." in page
 
 
@@ -236,7 +236,7 @@ def test_what_does_not_hold_is_said_first(tmp_path: Path) -> None:
     ]
     command = "`relaxprop reproduce figure1 --epochs 5 --seeds 3`"
     assert (
-        sum(f"* `{tmp_path.name}/figure`: {command}" in part for part in paragraphs) == 2
+        sum(f"* `{tmp_path.name}/figure` is made by {command}" in part for part in paragraphs) == 2
     )  # the second: what it rests on
     path.unlink()
     path.parent.rmdir()

@@ -213,9 +213,9 @@ def _commands(lines: Sequence[Line], to_come: Sequence[State]) -> str:
     for line in lines:
         if line.source is None or line.found is None:
             command = next((s.command for s in to_come if _computes(s, line)), None) or _command(line)
-            said.append(f"* to be computed: `{shown(command)}`")
+            said.append(f"* to be computed by `{shown(command)}`")
         else:
-            said.append(f"* `{line.source.place}`: `{shown(line.source.command)}`")
+            said.append(f"* `{line.source.place}` is made by `{shown(line.source.command)}`")
     return "\n".join(dict.fromkeys(said))
 
 
