@@ -110,7 +110,7 @@ def rooms() -> Iterator[str]:
     for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path)):
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = " ".join(said.partition("\n\n")[0].split()).removesuffix(":")
-        yield f"| `{path.relative_to(package.parent)}` | {first} |"
+        yield f"| `{path.relative_to(package)}` | {first} |"
 
 
 def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
