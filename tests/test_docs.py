@@ -22,6 +22,7 @@ from relaxprop.lab.bench import document
 from relaxprop.lab.bench.records import Benchmark
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.experiments import depth as cost_of_depth
+from relaxprop.lab.store import read_lines
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -192,15 +193,55 @@ def test_the_costs_of_others_code_are_those_of_the_kept_benchmark() -> None:
     )
 
 
-def test_the_learning_curves_numbers_are_the_kept_results() -> None:
-    lines = csv.DictReader((RESULTS / "figure1" / "accuracy.csv").read_text().splitlines())
-    accuracy = {(line["condition"], line["epoch"]): f"{100 * float(line['test_accuracy']):.2f}" for line in lines}
-    ours, theirs = ([accuracy[name, epoch] for epoch in ("1", "3", "5")] for name in ("baseline", "backprop"))
-    sentence = (
-        f"After 1, 3 and 5 epochs of MNIST Activation Relaxation reaches {ours[0]}, {ours[1]} and {ours[2]} % and "
-        f"backpropagation {theirs[0]}, {theirs[1]} and {theirs[2]} %."
+def test_what_is_said_of_condition_c_is_in_the_kept_runs() -> None:
+    runs = read_lines(RESULTS / "figure1-a-c" / "runs.jsonl")
+    curves = [
+        [100 * epoch.test_accuracy for epoch in run.metrics]
+        for condition, run in zip(runs.conditions, runs.runs, strict=True)
+        if condition == "c"
+    ]
+    falling = [curve for curve in curves if curve[-1] < curve[7] - 0.1 and max(curve[7:]) - curve[-1] > 0.4]
+    assert len(curves) == 10
+    assert len(falling) == 3
+    worst = min(falling, key=lambda curve: curve[-1])
+    assert f"the worst from {max(worst):.1f} to {worst[-1]:.1f} %" in TEXT["results/perceptrons"]
+
+
+@pytest.mark.parametrize("figure", ["figure1", "figure3"])
+def test_a_gpu_and_a_processor_reach_the_same_accuracies(figure: str) -> None:
+    """All seeds as one network whose steps are CUDA graphs, and each seed by itself on a processor."""
+    on_gpu, on_cpu = (
+        {run.config.id: run for run in read_lines(RESULTS / f"{figure}-{name}" / "runs.jsonl").runs}
+        for name in ("a-c", "b-d")
     )
-    assert sentence in TEXT["results/perceptrons"]
+    both = on_gpu.keys() & on_cpu.keys()
+    assert len(both) == 20
+    for run in both:
+        assert on_gpu[run].environment["gpu"] is not None
+        assert on_cpu[run].environment["gpu"] is None
+        for one, other in zip(on_gpu[run].metrics, on_cpu[run].metrics, strict=False):
+            assert one.test_accuracy == other.test_accuracy
+            assert one.train_loss == pytest.approx(other.train_loss, rel=7e-8)
+
+
+def test_what_is_said_of_a_gpus_steps_is_the_kept_measurement() -> None:
+    def of(folder: str) -> dict[tuple[str, str], Any]:
+        return {
+            (b["model"], c["rule"]): c for b in kept(f"bench/{folder}/bench.json")["benchmarks"] for c in b["costs"]
+        }
+
+    single, graphs = of("cuda"), of("cuda-graphs")
+    rules = "backpropagation", "ClosedForm(0.1, 100)"
+    eager = [f"{single['mlp', rule]['milliseconds']:.1f} ms" for rule in rules]
+    mlp, cnn = ([f"{graphs[model, rule]['milliseconds']:.2f}" for rule in rules] for model in ("mlp", "cnn"))
+    ratios = [f"{graphs[model, rules[1]]['time_ratio']:.2f}×" for model in ("mlp", "cnn")]
+    euler = [folder["mlp", "Euler(0.1, 100)"]["milliseconds"] for folder in (graphs, single)]
+    text = TEXT["results/costs"]
+    assert f"{eager[0]} by backpropagation on the MLP, {eager[1]} by `PAPER`" in text
+    assert f"the same steps take {mlp[0]} and {mlp[1]} ms, a ratio of {ratios[0]}" in text
+    assert f"on the CNN {cnn[0]} and {cnn[1]} ms, {ratios[1]}" in text
+    assert f"by `Euler` take {euler[0]:.1f} ms on the MLP in place of {euler[1]:.0f}" in text
+    assert f"it shows {graphs['mlp', 'Equilibrium()']['time_ratio']:.2f}×" in text
 
 
 def kept(path: str) -> Any:
