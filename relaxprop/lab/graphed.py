@@ -79,12 +79,13 @@ class Graphed(Generic[T]):
 
     def _capture(self) -> None:
         """Writes it down; nothing is computed meanwhile."""
-        graph = torch.cuda.CUDAGraph()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 result = self._compute()
         except RuntimeError as error:
             self._fails = True
+            torch.cuda.set_stream(here)  # a capture that cannot be ended stays on its own
             reason = str(error).splitlines()[0]
             _log.warning("kernels are launched one by one, as this cannot be a CUDA graph: %s", reason)
         else:
