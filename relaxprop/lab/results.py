@@ -5,9 +5,10 @@ May import: lab.config, lab.stats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,6 +46,42 @@ class EpochMetrics(BaseModel):
 
 BATCHED = "batched_seeds"
 """In a run's environment: how many seeds were trained as one network, of which its results and times are a part."""
+
+_PLACE = ("processor", "gpu", "threads", BATCHED)
+
+
+class Timed(Protocol):
+    """A run that says where it was computed, wherever it is kept."""
+
+    @property
+    def environment(self) -> Mapping[str, Any]: ...
+
+    @property
+    def metrics(self) -> Sequence[EpochMetrics]: ...
+
+
+def relative_cost(own: Mapping[int, Timed], reference: Mapping[int, Timed]) -> float | None:
+    """Median seconds of an epoch over the reference's.
+
+    Only seeds count that both have computed in the same kind of place, as seconds of another say nothing; None where
+    there is no such seed.
+
+    Args:
+        own: runs by their seeds.
+        reference: likewise.
+    """
+    seeds = [seed for seed in own.keys() & reference.keys() if _place(own[seed]) == _place(reference[seed])]
+    if not seeds:
+        return None
+    seconds, least = (
+        statistics.median(m.seconds for seed in seeds for m in runs[seed].metrics) for runs in (own, reference)
+    )
+    return seconds / least
+
+
+def _place(run: Timed) -> list[Any]:
+    return [run.environment.get(name) for name in _PLACE]
+
 
 BASELINE, REFERENCE = "baseline", "backprop"  # the conditions that others are compared with
 

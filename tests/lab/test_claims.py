@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from relaxprop.lab import stats
 from relaxprop.lab.cli.main import app
+from relaxprop.lab.config import RunConfig
 from relaxprop.lab.experiments import claims, paper, queue
 from relaxprop.lab.experiments.conditions import condition_runs
 from relaxprop.lab.experiments.evidence import CLAIMS, FIGURES, SUPPORTING, Claim, best, judged, sources
 from relaxprop.lab.experiments.plan import plan_of
 from relaxprop.lab.files import OutputError
-from relaxprop.lab.results import Compared, EpochMetrics, FinishedRun, Head, RunLine
+from relaxprop.lab.results import Compared, EpochMetrics, FinishedRun, Head, RunLine, relative_cost
 from relaxprop.lab.store import write_lines
 
 ROOT = Path(__file__).parents[2]
@@ -289,6 +290,24 @@ def test_the_short_tables_have_the_same_verdicts(tmp_path: Path) -> None:
     assert (status, said.strip()) == (0, str(tmp_path / "docs" / "page.md"))
     command = f"`relaxprop claims {tmp_path.name} --out docs/page.md`"
     assert command in (tmp_path / "docs" / "page.md").read_text()
+
+
+def test_costs_are_of_runs_in_the_same_place() -> None:
+    """Seed 1 was computed on a GPU in one condition, and so were all seeds in another."""
+    places: list[dict[str, object]] = [{"processor": "P", "threads": 1}, {"processor": "P", "threads": 1, "gpu": "G"}]
+
+    def runs(seconds: Sequence[float], where: Sequence[int]) -> dict[int, FinishedRun]:
+        configs = [RunConfig(seed=seed, epochs=2) for seed in range(len(seconds))]
+        return {
+            config.seed: FinishedRun(config, metrics(2, 0.5, time), places[place])
+            for config, time, place in zip(configs, seconds, where, strict=True)
+        }
+
+    backprop = runs([2, 4, 3], [0, 0, 0])
+    assert relative_cost(backprop, backprop) == 1
+    assert relative_cost(runs([6, 8, 0.1], [0, 0, 1]), backprop) == pytest.approx(7 / 3)
+    assert relative_cost(runs([0.1, 0.1, 0.1], [1, 1, 1]), backprop) is None
+    assert relative_cost({}, backprop) is None
 
 
 def test_damaged_results_are_refused_by_their_file(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from relaxprop.lab.results import BASELINE, REFERENCE, Compared, EpochMetrics, FinishedRun
+from relaxprop.lab.results import BASELINE, REFERENCE, Compared, EpochMetrics, FinishedRun, relative_cost
 from relaxprop.lab.stats import (
     CONFIDENCE,
     LEVEL,
@@ -54,7 +54,7 @@ class Row:
         final: test accuracy after the last epoch, by seed.
         of_seeds: these seeds.
         seconds: of training, median over seeds.
-        relative_cost: median seconds of an epoch over backpropagation's.
+        relative_cost: of an epoch, to backpropagation's (`relative_cost`).
         difference: final test accuracy minus that of ``condition.versus``, seed by seed; None for the reference.
         verdict: on the paper's claim.
         p: of the test that decides on the claim, or comes nearest to it; None where nothing is tested.
@@ -70,7 +70,7 @@ class Row:
     final: tuple[float, ...]
     of_seeds: tuple[int, ...]
     seconds: float
-    relative_cost: float
+    relative_cost: float | None
     difference: Mean | None
     verdict: str
     p: float | None
@@ -113,9 +113,6 @@ def summarise(
     pairs = {name: pairs[name] for name in found if pairs[name]}
     if not pairs:
         raise ValueError("no condition has a seed with the one that it is compared with")
-    seconds = {
-        name: statistics.median(m.seconds for run in own.values() for m in run.metrics) for name, own in found.items()
-    }
     differences = {name: difference_of(pair) for name, pair in pairs.items() if name not in references}
     levels = {name: statistics.fmean(final(other) for _, other in pair) for name, pair in pairs.items()}
     claimed = {name: region(conditions[name].claim, levels[name], chance, margin) for name in differences}
@@ -146,7 +143,7 @@ def summarise(
                 final=tuple(map(final, own)),
                 of_seeds=tuple(run.config.seed for run in own),
                 seconds=statistics.median(sum(m.seconds for m in run.metrics) for run in own),
-                relative_cost=seconds[name] / seconds[reference_of(name)],
+                relative_cost=relative_cost(found[name], found[reference_of(name)]),
                 difference=difference,
                 verdict=said,
                 p=p,
@@ -237,7 +234,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             str(row.accuracies[-1]),
             str(row.accuracies[-1].n),
             f"{row.seconds:.1f}" if row.seconds < 100 else f"{row.seconds:.0f}",
-            f"{row.relative_cost:.1f}×",
+            "" if row.relative_cost is None else f"{row.relative_cost:.1f}×",
             str(row.difference or ""),
             _interval(row.difference),
             f"{row.condition.claim}" if row.difference is not None else "",
@@ -315,7 +312,7 @@ NOTES = (
     "everything frozen; for the baseline itself, to backpropagation",
     *RULES,
     "seconds: the time of training, median over seeds; cost: the median time of an epoch, relative to "
-    "backpropagation's",
+    "backpropagation's, of runs that were computed in the same place",
 )
 
 

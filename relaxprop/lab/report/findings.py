@@ -70,6 +70,11 @@ class ConditionResults:
         return mean_over_seeds([run.metrics[-1].test_accuracy for run in self.runs])
 
     @property
+    def by_seed(self) -> dict[int, RunRecord]:
+        """The runs by their seeds."""
+        return {run.config.seed: run for run in self.runs}
+
+    @property
     def epoch_seconds(self) -> float:
         """Of training in an epoch, median."""
         return statistics.median(epoch.seconds for run in self.runs for epoch in run.metrics)

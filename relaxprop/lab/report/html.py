@@ -3,7 +3,7 @@
 Whatever comes from records is escaped: in the page by Jinja, in the charts' data as JSON without ``<``, ``>`` and
 ``&``, in the charts by the script. A content security policy lets no other script run and nothing be fetched.
 
-May import: inspect.walk, public names, lab.files, lab.report.charts, lab.report.findings, lab.stats.
+May import: inspect.walk, public names, lab.files, lab.report.charts, lab.report.findings, lab.results, lab.stats.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from relaxprop.inspect.walk import KINDS
 from relaxprop.lab.files import OutputError, write_atomically
 from relaxprop.lab.report.charts import Chart, alignment, convergence, learning_curves
 from relaxprop.lab.report.findings import ConditionResults, ConvergenceResults, FigureResults, Report, RunRecord
+from relaxprop.lab.results import relative_cost
 from relaxprop.lab.stats import CONFIDENCE, MARGIN, Claim
 
 
@@ -165,16 +166,17 @@ def _convergence(results: ConvergenceResults, folder: Path, charts: list[Chart])
 
 def _costs(conditions: Sequence[ConditionResults]) -> list[dict[str, Any]]:
     """Seconds of an epoch, and relative to backpropagation's where that is there."""
-    reference = next((c.epoch_seconds for c in conditions if c.is_reference), None)
+    reference = next((c for c in conditions if c.is_reference), None)
+    ratios = [relative_cost(c.by_seed, reference.by_seed) if reference else None for c in conditions]
     longest = max((c.epoch_seconds for c in conditions), default=0.0)
     return [
         {
             "label": c.label,
             "seconds": f"{c.epoch_seconds:.2f}",
-            "ratio": f"{c.epoch_seconds / reference:.2f}×" if reference else "",
+            "ratio": "" if ratio is None else f"{ratio:.2f}×",
             "percent": f"{100 * c.epoch_seconds / longest:.1f}" if longest else "0",
         }
-        for c in conditions
+        for c, ratio in zip(conditions, ratios, strict=True)
     ]
 
 
