@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,17 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from relaxprop.lab.checkpoint import kept_checkpoint
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.distributed import Group, joined
-from relaxprop.lab.engines.processes import prepare
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.models import ModelError
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.training import train
 from tests.lab.problem import few_digits, invoke, learning
+from tests.two_processes import as_two
 
 RELATIVE = 1e-6
 
@@ -50,11 +47,7 @@ CONFIGS = {
 INTERRUPTED = "adam"
 
 
-def _run(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+def _run(rank: int, folder: Path) -> None:
     digits = few_digits()
     with joined(torch.device("cpu")) as group:
         assert group == Group(rank, 2)
@@ -66,17 +59,10 @@ def _run(rank: int, folder: Path, port: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, each by two processes, which are forked from a server that has imported PyTorch: it takes seconds."""
+    """All runs, each by two processes."""
     folder = tmp_path_factory.mktemp("two")
     train(CONFIGS[INTERRUPTED].model_copy(update={"epochs": 1}), few_digits(), root=folder / "interrupted")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    prepare()
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
-        _run, (folder, port), nprocs=2, start_method=method
-    )
+    as_two(_run, folder)
     return folder
 
 
