@@ -15,7 +15,7 @@ from typer.main import get_command
 
 import relaxprop
 from relaxprop.lab.bench import document
-from relaxprop.lab.cli.main import app as command_line
+from relaxprop.lab.cli.main import COMMANDS, function
 from relaxprop.lab.report.tables import markdown_table
 
 HERE = Path(__file__).parent
@@ -38,6 +38,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # which browsers show by themselves, without a script from elsewhere
 html_show_sourcelink = False
+smartquotes_action = "qe"  # quotes and ellipses: two hyphens begin an option, and are no dash
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -86,11 +87,20 @@ def write_generated(app: Sphinx) -> None:
         text = "\n".join(shown) or "No measurement is kept yet; its command is in `results/bench/README.md`.\n"
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / "rooms.md").write_text("\n".join(rooms()), encoding="utf-8")
-    command = get_command(command_line)
+    (folder / "command_line.md").write_text(commands(), encoding="utf-8")
+
+
+def commands() -> str:
+    """Every command with all of its options, which the command line itself imports for the command that is called."""
+    complete = typer.Typer(add_completion=False)
+    for name in COMMANDS:
+        complete.command(name.replace("_", "-"))(function(name))
+    command = get_command(complete)
     context = command.make_context("relaxprop", ["--help"], resilient_parsing=True)
     pages = typer.cli.get_docs_for_click(obj=command, ctx=context, name="relaxprop")
-    commands = re.sub("^#", "##", "".join(pages.partition("\n## ")[1:]), flags=re.M)
-    (folder / "command_line.md").write_text(commands, encoding="utf-8")
+    described = re.sub("^#", "##", "".join(pages.partition("\n## ")[1:]), flags=re.M)
+    assert "`--learning-rate" in described
+    return described
 
 
 def rooms() -> Iterator[str]:
@@ -99,14 +109,35 @@ def rooms() -> Iterator[str]:
     package = Path(relaxprop.__file__).parent
     for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path)):
         said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        first = " ".join(said.partition("\n\n")[0].split())
-        yield f"| `{path.relative_to(package.parent)}` | {first} |"
+        first = " ".join(said.partition("\n\n")[0].split()).removesuffix(":")
+        yield f"| `{path.relative_to(package)}` | {first} |"
 
 
 def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
     """The page of claims is generated from the kept results, and joins the others where it is."""
     if name == "index" and not (HERE / "claims.md").exists():
         source[0] = source[0].replace("\nclaims\n", "\n")
+
+
+# What is one number, an interval or a mean with its error: it stays on one line of its cell.
+NUMBER = re.compile(r"[<≤≥]? ?[-+−]?\d[\d.,]*(e[-+]?\d+)?(-[\d.,]+| ± [\d.,]+| to [-+−]?[\d.,]+)?( ?(×|%|s))?")
+
+
+def tables_are_read_with_ease(app: Sphinx, page: nodes.document) -> None:
+    """Numbers do not wrap. A note that a page has below several tables stands below the first of them alone."""
+    for entry in page.findall(nodes.entry):
+        if NUMBER.fullmatch(entry.astext()):
+            entry["classes"].append("number")
+    for dash in [text for text in page.findall(nodes.Text) if text == " -- "]:
+        dash.parent.replace(dash, nodes.Text(" – "))  # between an argument and what is said of it
+    said: set[str] = set()
+    for item in list(page.findall(nodes.list_item)) if app.env.docname.startswith("results/") else []:
+        bullets, text = item.parent, item.astext()
+        if text in said:
+            bullets.remove(item)
+            if not bullets.children:
+                bullets.parent.remove(bullets)
+        said.add(text)
 
 
 def inline_mathml(self: object, node: nodes.math) -> None:
@@ -124,3 +155,4 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", equations_are_literal, priority=100)  # before napoleon
     app.connect("builder-inited", write_generated)
     app.connect("source-read", without_missing_pages)
+    app.connect("doctree-read", tables_are_read_with_ease)

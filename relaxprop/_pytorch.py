@@ -53,6 +53,7 @@ __all__ = [
     "in_forward_mode",
     "in_transform",
     "is_batched",
+    "is_capturing",
     "is_checkpointed",
     "is_compiled",
     "is_exporting",
@@ -275,6 +276,14 @@ def is_undisturbed() -> bool:
         or in_transform()
         or in_forward_mode()
     )
+
+
+def is_capturing() -> bool:
+    """Whether what is launched now is written down as a CUDA graph, and computed by none. The public function raises an
+    error where PyTorch was built without CUDA, and asks the driver where nothing was launched yet.
+    """
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 class OperationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]

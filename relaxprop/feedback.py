@@ -448,7 +448,7 @@ def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tenso
 def mirror_weights(module: nn.Module, *, samples: int = 64, rate: float = 0.1) -> None:
     """One phase of noise of all layers in ``module`` whose backwards weights are "mirror": ``B ← (1 − r) B + r M``.
 
-        M = mean of y ξ^T,   y = W ξ          over samples of noise ξ ~ N(0, 1), so that the mean of M is W
+        M = mean of y ξ^T,  y = W ξ     over samples of noise ξ ~ N(0, 1), so that the mean of M is W
 
     Nothing is learned meanwhile, and the bias is left out of y. Call it along with the training, for instance after
     every optimiser step. B is on average at ``W + (1 − r)^n (B_0 − W)`` after n phases on fixed weights.

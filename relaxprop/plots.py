@@ -138,7 +138,8 @@ def hop_distribution(solver: Solver, depth: int, *, ax: Axes | None = None) -> A
     ax.bar(k[inside], weights[inside], color="C0", label=f"k < {depth}: what is left, {left:.2g} in all")
     ax.bar(k[~inside], weights[~inside], fill=False, edgecolor="C0", label=f"k ≥ {depth}: has left the graph")
     ax.set(xlabel="hops k from the output", ylabel="weight $c_k$ of the initial state", title=_short(solver))
-    ax.legend(fontsize="small")
+    ax.margins(y=0.3)  # room for the legend above the bars
+    ax.legend(fontsize="small", loc="upper right")
     return ax
 
 

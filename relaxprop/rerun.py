@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relaxprop._pytorch import backward_hooks, has_hooks, hooks_on_all_modules, is_compiled, is_undisturbed, versions
+from relaxprop._pytorch import (
+    backward_hooks,
+    has_hooks,
+    hooks_on_all_modules,
+    is_capturing,
+    is_compiled,
+    is_undisturbed,
+    versions,
+)
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
 from relaxprop.graph import Function, Linearisation, States, Vertex
 from relaxprop.nested import tensors_in
@@ -65,6 +73,7 @@ class Rerun:
 
     Raises:
         ValueError: if the model has lazy modules that have not seen an input yet.
+        RuntimeError: if a model that draws is captured as a CUDA graph.
     """
 
     def __init__(self, module: nn.Module, arguments: Arguments, cut: Cut, writes: Writes, given: Any) -> None:
@@ -72,6 +81,12 @@ class Rerun:
         self.arguments = arguments.copied()  # as they are before the feedforward pass
         self.cut = cut
         self.writes = writes
+        if writes.draws and is_capturing():
+            raise RuntimeError(
+                "frozen: the model draws random numbers, and what is unfrozen runs it again with the same ones, for "
+                "which a CUDA graph cannot put the generator back: leave everything frozen, or train without "
+                "torch.cuda.graph"
+            )
         self.surroundings = Surroundings(module, tensors_in(given))
         self.recorded: Sequence[Vertex] = ()
         self.stored = Linearisation({}, ())
@@ -96,6 +111,7 @@ class Rerun:
         with Hooked(find_layers(self.module), note, run):
             yield
         self.surroundings.passed()
+        self.writes.draws |= self.surroundings.draws
         # Where operations are vertices, no layer stands before all of them.
         if not (self.surroundings.draws or self.cut.operations):
             # No state changes what the layers that are called before every vertex return, so no later run needs to

@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from relaxprop._pytorch import in_transform, is_compiled, is_exporting, is_tracing, not_in_a_whole_graph, run_uncompiled
+from relaxprop._pytorch import (
+    in_transform,
+    is_capturing,
+    is_compiled,
+    is_exporting,
+    is_tracing,
+    not_in_a_whole_graph,
+    run_uncompiled,
+)
 from relaxprop.cutting import Writes
 from relaxprop.graph import Graph
 from relaxprop.kept import is_read_beside
@@ -83,6 +91,8 @@ class LearningRule(Transparent):
         """The module's own result."""
         if not torch.is_grad_enabled() or is_tracing() or is_exporting():
             return self._plain(*args, **kwargs)
+        if is_capturing():
+            self._refuse_capture()
         return run_uncompiled(type(self)._forward, self, args, kwargs)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,8 +109,25 @@ class LearningRule(Transparent):
         if in_transform():
             refuse_transforms(self.module, args, kwargs)
 
+    def _refuse_capture(self) -> None:
+        """Refuse what a CUDA graph would leave out: it repeats what was launched, and decides nothing.
+
+        Raises:
+            RuntimeError: if the settings want a look at values, or nobody has looked at the model yet.
+        """
+        if self.settings.check_finite:
+            raise RuntimeError(
+                "check_finite=True looks at the states of every backward pass, which a CUDA graph cannot: set "
+                "wrapper.settings = dataclasses.replace(wrapper.settings, check_finite=False) before the capture, and "
+                "look at the loss after a replay"
+            )
+        if not self._told:
+            raise RuntimeError(_WARM_UP)
+
     def _probe_and_solve(self, solve: Callable[[Graph], Any], update: Update, graph: Graph) -> Any:
         """The first phase of a setting, and of a graph of another size: whether the model allows for one."""
+        if is_capturing():
+            raise RuntimeError(_WARM_UP)
         if not self._probes or check_repeatable(self.module, update):
             self._probed.add(graph.size)
         return solve(graph)
@@ -130,6 +157,12 @@ class LearningRule(Transparent):
 
     def _keep_record(self, found: Any) -> None:
         vars(self)[self._record_name] = found
+
+
+_WARM_UP = (
+    "the first pass of a setting looks at the model, which a CUDA graph cannot: run some training steps on a side "
+    "stream before the capture, with an input of the same shape, as PyTorch's documentation of CUDA graphs does"
+)
 
 
 def rule_of(kind: type) -> type:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from relaxprop._pytorch import deepcopy, nothing_cached
+from relaxprop._pytorch import deepcopy, is_capturing, nothing_cached
 
 # Parameters are the optimiser's, and what a module is made of is no state. The mode is set by the module's own way.
 _STRUCTURE = frozenset(vars(nn.Module()))
@@ -54,7 +54,9 @@ class Snapshot:
         self._same = {id(x): x for x in (*self._modules, *parameters)}  # in every copy
         self._modes = self._present_modes()
         self._held = self._copied(self._present())
-        self._generators = [_Generator(get, put, get()) for get, put in _generators(self.devices)]
+        # During the capture of a CUDA graph nobody may ask a GPU's generator: `Rerun` refuses models that draw there.
+        asked = () if is_capturing() else self.devices
+        self._generators = [_Generator(get, put, get()) for get, put in _generators(asked)]
 
     def passed(self) -> bool:
         """After a pass: whether any generator has drawn. Those that have not, need not be put back."""

@@ -134,7 +134,7 @@ def steps_to_converge(depth: int, step_size: float, tolerance: float, *, order: 
             (the expected weight, each vertex updating in a step with probability 1/2).
 
     Returns:
-        The number of steps: ``depth`` for a simultaneous and 1 for a sequential relaxation of step size 1.
+        The number of steps. With step size 1 it is ``depth`` for a simultaneous and 1 for a sequential relaxation.
 
     Raises:
         TypeError, ValueError: if an argument has the wrong type or is outside its range.

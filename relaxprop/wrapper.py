@@ -30,7 +30,16 @@ from relaxprop.operations import EachOperation
 from relaxprop.recording import InitialState, OutputRule, Recording, record
 from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
 from relaxprop.rule import LearningRule, kept_vertices, shown, tell_missing
-from relaxprop.solvers import ClosedForm, Relaxation, Solver, at_equilibrium, check_solves, solver_names
+from relaxprop.solvers import (
+    ClosedForm,
+    Continuous,
+    Euler,
+    Relaxation,
+    Solver,
+    at_equilibrium,
+    check_solves,
+    solver_names,
+)
 from relaxprop.unconverged import tell
 from relaxprop.vertices import Granularity, Hooked, are_operations, choose_vertices, named_parts
 
@@ -256,6 +265,24 @@ class ActivationRelaxation(LearningRule):
             RelaxationPhase.apply(recording.update, solve, relaxed, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
         )
         return map_requiring_grad(lambda _: next(outputs), recording.result)
+
+    def _refuse_capture(self) -> None:
+        super()._refuse_capture()
+        settings, solver = self.settings, self.settings.solver
+        if settings.measure_residual:
+            what = "measure_residual=True reads what is left of each phase"
+        elif getattr(solver, "tolerance", None) is not None:
+            what = f"solver={solver} reads after every step whether to stop"
+        elif isinstance(solver, Euler) and solver.order == "asynchronous":
+            what = f"solver={solver} draws the vertices of every step, and each replay would have the same ones"
+        elif isinstance(solver, Continuous) and not settings.frozen.relaxation_derivative:
+            what = f"solver={solver}, unfrozen, is integrated outside of PyTorch"
+        else:
+            return
+        raise RuntimeError(
+            f"{what}, which a CUDA graph cannot: train without torch.cuda.graph, or pass a solver of fixed steps such "
+            "as Euler(0.1, 100)"
+        )
 
     def record(self, args: Any, kwargs: Any = None) -> Recording:
         """The module's forward pass, recorded as for training."""

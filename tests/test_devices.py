@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from relaxprop import (
     PAPER,
     ActivationRelaxation,
     ClosedForm,
+    Continuous,
     DirectFeedback,
     Equilibrium,
     EquilibriumPropagation,
@@ -24,9 +27,13 @@ from relaxprop import (
     Frozen,
     NonFiniteStateError,
     PredictiveCoding,
+    UnconvergedWarning,
     finite,
     use_feedback,
 )
+from relaxprop import rerun as rerun_module
+from relaxprop import rule as rule_module
+from relaxprop._pytorch import OperationMode
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.training import train
 from relaxprop.solvers import Solver
@@ -138,14 +145,14 @@ def test_a_gpu_is_waited_for_once(solver: Solver) -> None:
         loss = squares(model(x))
         backward(loss)
     loss = squares(model(x))
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
             backward(loss)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchroniz" in str(w.message)]) <= 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "called a synchronizing" in str(w.message)]) <= 1
 
 
 @pytest.fixture
@@ -191,3 +198,128 @@ def test_states_of_several_types_are_looked_at_together() -> None:
     numbers = [torch.tensor(2.0), torch.tensor(3.0).double(), torch.tensor(1 + 1j), torch.tensor(5.0)]
     assert sorted(map(abs, finite._numbers(numbers))) == pytest.approx([2**0.5, 2, 3, 5])
     assert finite._numbers([]) == []
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graphs
+
+SWITCHES = [frozen for frozen in COMBINATIONS if not frozen.relaxation_derivative]
+STEPS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **{
+        str(solver): partial(ActivationRelaxation, solver=solver, check_finite=False)
+        for solver in (PAPER, ClosedForm(), Equilibrium(), Euler(0.1, 20), Euler(0.1, 20, order="sequential"))
+    },
+    **{
+        f"unfrozen {i}": partial(ActivationRelaxation, solver=Euler(0.3, 7), frozen=frozen, check_finite=False)
+        for i, frozen in enumerate(SWITCHES)
+    },
+    "direct feedback": partial(DirectFeedback, check_finite=False),
+}
+
+
+def training_step(rule: str, device: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    torch.manual_seed(0)
+    network = mlp(5, 7, 6, 3).double().to(device)
+    model = STEPS[rule](network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+
+    def step(x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = squares(model(x))
+        backward(loss)
+        optimizer.step()
+        return loss.detach()
+
+    return network, step
+
+
+class Reads(OperationMode):
+    """Within it, an operation whose value decides what Python does next is an error, as in the capture of a graph."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generators = [x for x in args if isinstance(x, Tensor) and x.dtype is torch.uint8]  # of the processor
+        by_value = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        assert generators or by_value.isdisjoint(func.tags), f"{func} is waited for"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", STEPS)
+def test_a_step_decides_nothing_by_values(rule: str) -> None:
+    _, step = training_step(rule, "cpu")
+    x = torch.randn(4, 5).double()
+    for _ in range(2):  # the first passes look at the model
+        step(x)
+    with Reads():  # type: ignore[no-untyped-call]
+        step(x)
+
+
+def test_a_value_that_is_read_would_be_noticed() -> None:
+    with pytest.raises(AssertionError, match="is waited for"), Reads():  # type: ignore[no-untyped-call]
+        torch.ones(1).item()
+
+
+@no_gpu
+@pytest.mark.parametrize("rule", STEPS)
+def test_a_captured_step_trains_as_the_steps_do(rule: str) -> None:
+    minibatches = torch.randn(7, 4, 5, generator=torch.Generator().manual_seed(0)).double().cuda()
+    network, step = training_step(rule, "cuda")
+    losses = [float(step(x)) for x in minibatches]
+    other, step = training_step(rule, "cuda")
+    side, x = torch.cuda.Stream(), minibatches[0].clone()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = [float(step(x.copy_(each))) for each in minibatches[:3]]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        loss = step(x)
+    for each in minibatches[3:]:
+        x.copy_(each)
+        graph.replay()
+        found.append(float(loss))
+    assert found == pytest.approx(losses, rel=1e-9)
+    for one, expected in zip(other.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-9, atol=1e-12)
+
+
+def drawing() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+UNFROZEN = Frozen(relaxation_derivative=False)
+NOT_REPEATED: list[tuple[dict[str, Any], str]] = [
+    ({"check_finite": True}, "check_finite=True looks at the states"),
+    ({"measure_residual": True}, "measure_residual=True reads"),
+    ({"solver": Euler(tolerance=0.1)}, "solver=Euler.* reads after every step whether to stop"),
+    ({"solver": Euler(order="asynchronous")}, "draws the vertices of every step"),
+    ({"solver": Continuous(), "frozen": UNFROZEN}, "unfrozen, is integrated outside of PyTorch"),
+    ({"solver": Euler(0.3, 7), "frozen": UNFROZEN}, "the model draws random numbers"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), NOT_REPEATED, ids=[reason for _, reason in NOT_REPEATED])
+def test_what_a_graph_cannot_repeat_is_refused(
+    options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = ActivationRelaxation(drawing(), **{"check_finite": False} | options)
+    x = torch.randn(3, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnconvergedWarning)
+        backward(squares(model(x)))
+    for module in (rule_module, rerun_module):
+        monkeypatch.setattr(module, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=reason):
+        model(x)
+
+
+def test_the_capture_of_a_first_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5)
+    model = ActivationRelaxation(mlp(5, 4, 2), check_finite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(rule_module, "is_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="run some training steps on a side stream before the capture"):
+            model(x)
+    backward(squares(model(x)))
+    monkeypatch.setattr(rule_module, "is_capturing", lambda: True)
+    model(x)  # the same is allowed then

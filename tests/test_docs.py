@@ -22,6 +22,7 @@ from relaxprop.lab.bench import document
 from relaxprop.lab.bench.records import Benchmark
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.experiments import depth as cost_of_depth
+from relaxprop.lab.store import read_lines
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -32,7 +33,7 @@ WRITTEN = [path for path in sorted(DOCS.rglob("*.md")) if not {"_build", "genera
 PAGES = {str(path.relative_to(DOCS).with_suffix("")): path.read_text(encoding="utf-8") for path in WRITTEN}
 TEXT = {name: " ".join(page.split()) for name, page in PAGES.items()}
 # Of two kinds: shown as they stand, and executed by the build as well.
-PYTHON = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(?::\w.*\n)*(.*?)^```$", re.M | re.S)
+PYTHON = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(?::\w[^\n]*\n)*(.*?)^```$", re.M | re.S)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.M | re.S)
 
 
@@ -46,6 +47,13 @@ def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypatc
     for block in PYTHON.findall(PAGES[page]):
         exec(compile(block, f"docs/{page}.md", "exec"), names)
     plt.close("all")
+
+
+def test_the_lines_of_code_fit_the_column() -> None:
+    """The site shows 90 letters beside its contents; the examples have a limit of their own for ruff."""
+    for name, page in PAGES.items():
+        for block in (*PYTHON.findall(page), *SHELL.findall(page)):
+            assert [line for line in block.splitlines() if len(line) > 88] == [], name
 
 
 def commands() -> list[str]:
@@ -75,7 +83,7 @@ def test_what_is_installed_is_an_extra_of_the_project() -> None:
 
 
 def test_every_public_name_has_its_place_among_the_names() -> None:
-    shown = re.findall(r"^\.\. auto\w+:: (\S+)", PAGES["api"], re.M)
+    shown = re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)", PAGES["api"], re.M)
     plotting = [f"plots.{name}" for name in plots.__all__]
     bases = [f"rules.{name}" for name in rules.__all__ if name not in relaxprop.__all__]
     assert sorted(shown) == sorted(f"relaxprop.{name}" for name in (*relaxprop.__all__, *plotting, *bases))
@@ -90,6 +98,25 @@ def test_what_pages_include_and_show_is_there() -> None:
             assert (folder / target).is_file(), f"{name}: {target}"
         for target in re.findall(r"`(results/[^`* ]+)`", page):
             assert (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_files_and_goals_that_are_named_exist() -> None:
+    """Also by what stands beside the site: how to contribute, and the READMEs of the kept results."""
+    beside = [ROOT / "CONTRIBUTING.md", ROOT / "README.md", *RESULTS.rglob("README.md")]
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in beside} | PAGES
+    goals = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for name, text in texts.items():
+        paths = re.findall(r"`((?:relaxprop|tests|docs|results|\.github)/[\w./-]*)`", text)
+        started = re.findall(r"(?:python|torchrun --nproc-per-node 2) ((?:docs|results)/\S+\.py)", text)
+        for path in (*paths, *started):
+            assert (ROOT / path).exists(), f"{name}: {path}"
+        named = re.findall(r"`make\s([\w-]+)[^`]*`", text) + re.findall(r"^make ([\w-]+)", text, re.M)
+        assert set(named) <= goals, name
+
+
+def test_every_folder_of_results_has_a_line() -> None:
+    lines = re.findall(r"^\| `([^`]+)` \| .+ \|$", (RESULTS / "README.md").read_text(encoding="utf-8"), re.M)
+    assert lines == sorted(path.name for path in RESULTS.iterdir() if path.name not in ("README.md", "__pycache__"))
 
 
 def test_every_kept_table_is_shown() -> None:
@@ -166,15 +193,55 @@ def test_the_costs_of_others_code_are_those_of_the_kept_benchmark() -> None:
     )
 
 
-def test_the_learning_curves_numbers_are_the_kept_results() -> None:
-    lines = csv.DictReader((RESULTS / "figure1" / "accuracy.csv").read_text().splitlines())
-    accuracy = {(line["condition"], line["epoch"]): f"{100 * float(line['test_accuracy']):.2f}" for line in lines}
-    ours, theirs = ([accuracy[name, epoch] for epoch in ("1", "3", "5")] for name in ("baseline", "backprop"))
-    sentence = (
-        f"After 1, 3 and 5 epochs of MNIST Activation Relaxation reaches {ours[0]}, {ours[1]} and {ours[2]} % and "
-        f"backpropagation {theirs[0]}, {theirs[1]} and {theirs[2]} %."
+def test_what_is_said_of_condition_c_is_in_the_kept_runs() -> None:
+    runs = read_lines(RESULTS / "figure1-a-c" / "runs.jsonl")
+    curves = [
+        [100 * epoch.test_accuracy for epoch in run.metrics]
+        for condition, run in zip(runs.conditions, runs.runs, strict=True)
+        if condition == "c"
+    ]
+    falling = [curve for curve in curves if curve[-1] < curve[7] - 0.1 and max(curve[7:]) - curve[-1] > 0.4]
+    assert len(curves) == 10
+    assert len(falling) == 3
+    worst = min(falling, key=lambda curve: curve[-1])
+    assert f"the worst from {max(worst):.1f} to {worst[-1]:.1f} %" in TEXT["results/perceptrons"]
+
+
+@pytest.mark.parametrize("figure", ["figure1", "figure3"])
+def test_a_gpu_and_a_processor_reach_the_same_accuracies(figure: str) -> None:
+    """All seeds as one network whose steps are CUDA graphs, and each seed by itself on a processor."""
+    on_gpu, on_cpu = (
+        {run.config.id: run for run in read_lines(RESULTS / f"{figure}-{name}" / "runs.jsonl").runs}
+        for name in ("a-c", "b-d")
     )
-    assert sentence in TEXT["results/perceptrons"]
+    both = on_gpu.keys() & on_cpu.keys()
+    assert len(both) == 20
+    for run in both:
+        assert on_gpu[run].environment["gpu"] is not None
+        assert on_cpu[run].environment["gpu"] is None
+        for one, other in zip(on_gpu[run].metrics, on_cpu[run].metrics, strict=False):
+            assert one.test_accuracy == other.test_accuracy
+            assert one.train_loss == pytest.approx(other.train_loss, rel=7e-8)
+
+
+def test_what_is_said_of_a_gpus_steps_is_the_kept_measurement() -> None:
+    def of(folder: str) -> dict[tuple[str, str], Any]:
+        return {
+            (b["model"], c["rule"]): c for b in kept(f"bench/{folder}/bench.json")["benchmarks"] for c in b["costs"]
+        }
+
+    single, graphs = of("cuda"), of("cuda-graphs")
+    rules = "backpropagation", "ClosedForm(0.1, 100)"
+    eager = [f"{single['mlp', rule]['milliseconds']:.1f} ms" for rule in rules]
+    mlp, cnn = ([f"{graphs[model, rule]['milliseconds']:.2f}" for rule in rules] for model in ("mlp", "cnn"))
+    ratios = [f"{graphs[model, rules[1]]['time_ratio']:.2f}×" for model in ("mlp", "cnn")]
+    euler = [folder["mlp", "Euler(0.1, 100)"]["milliseconds"] for folder in (graphs, single)]
+    text = TEXT["results/costs"]
+    assert f"{eager[0]} by backpropagation on the MLP, {eager[1]} by `PAPER`" in text
+    assert f"the same steps take {mlp[0]} and {mlp[1]} ms, a ratio of {ratios[0]}" in text
+    assert f"on the CNN {cnn[0]} and {cnn[1]} ms, {ratios[1]}" in text
+    assert f"by `Euler` take {euler[0]:.1f} ms on the MLP in place of {euler[1]:.0f}" in text
+    assert f"it shows {graphs['mlp', 'Equilibrium()']['time_ratio']:.2f}×" in text
 
 
 def kept(path: str) -> Any:

@@ -135,12 +135,19 @@ def environment(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def with_requirements(environment: Path, extra: str) -> dict[str, str]:
-    """Links to what the wheel asks for, with or without an extra."""
+    """Links to what the wheel asks for, with or without an extra, which may stand for others of its own."""
     folder = environment.parent / f"for-{extra or 'library'}"
     folder.mkdir(exist_ok=True)
+    requirements = [Requirement(line) for line in metadata_of(environment).get_all("Requires-Dist", [])]
+    extras = {extra}
+    for requirement in requirements:
+        if requirement.name == "relaxprop" and requirement.marker and requirement.marker.evaluate({"extra": extra}):
+            extras |= requirement.extras
     asked: set[str] = set()
-    for requirement in map(Requirement, metadata_of(environment).get_all("Requires-Dist", [])):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+    for requirement in requirements:
+        if requirement.name != "relaxprop" and (
+            requirement.marker is None or any(requirement.marker.evaluate({"extra": name}) for name in extras)
+        ):
             asked |= set(needed(canonicalize_name(requirement.name), frozenset(requirement.extras)))
     for name in asked:
         for file in distribution(name).files or []:
@@ -155,20 +162,41 @@ def metadata_of(environment: Path) -> Message:
     return Parser().parsestr(found.read_text(encoding="utf-8"))
 
 
+def test_the_command_says_what_it_lacks_with_each_extra(environment: Path, tmp_path: Path) -> None:
+    """What an extra asks for is linked, as far as it is installed here."""
+    command = environment / "bin/relaxprop"
+    extras = metadata_of(environment).get_all("Provides-Extra", [])
+    assert set(extras) == {"plots", "lab", "cluster", "integrations", "docs", "test"}
+    for extra in extras:
+        paths = with_requirements(environment, extra)
+        helped = run(command, "--help", cwd=tmp_path, **paths)
+        assert helped.returncode == 0, f"{extra}: {helped.stderr}"
+        has_lab = extra in ("lab", "cluster", "docs", "test")
+        if has_lab:
+            assert "Train one network." in helped.stdout, extra
+        else:
+            refused = run(command, "train", cwd=tmp_path, **paths)
+            assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), f"{extra}: {refused.stderr}"
+            assert "pip install 'relaxprop[lab]'" in refused.stderr, extra
+
+
 def test_the_library_needs_no_extra(environment: Path, tmp_path: Path) -> None:
-    """The README's first block runs, and the command line says what it lacks."""
+    """What the README shows runs, and the command line and the plots say what they lack.
+
+    With all extras the same is run by `tests/test_readme.py`.
+    """
     paths = with_requirements(environment, "")
-    first = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    readme = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     drawn = "from relaxprop import Continuous, plots; plots.hop_distribution(Continuous(1.0), 3)"
-    script = "\n".join([*first, "import relaxprop; print(relaxprop.__file__, flush=True)", drawn])
+    script = "\n".join([*readme, "import relaxprop; print(relaxprop.__file__, flush=True)", drawn])
     done = run(environment / "bin/python", "-W", "error", "-c", script, cwd=tmp_path, **paths)
     assert str(environment) in done.stdout.splitlines()[-1], done.stderr
     assert "pip install 'relaxprop[plots]'" in done.stderr.splitlines()[-1]
     command = environment / "bin/relaxprop"
-    assert run(command, "--version", cwd=tmp_path, **paths).stdout == f"relaxprop {relaxprop.__version__}\n"
     helped = run(command, "--help", cwd=tmp_path, **paths)
     assert helped.returncode == 0
     assert "pip install 'relaxprop[lab]'" in helped.stdout
+    assert run(command, "--version", cwd=tmp_path, **paths).stdout == f"relaxprop {relaxprop.__version__}\n"
     refused = run(command, "train", cwd=tmp_path, **paths)
     assert refused.returncode == 1
     assert "pip install 'relaxprop[lab]'" in refused.stderr

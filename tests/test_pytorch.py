@@ -653,6 +653,18 @@ def test_private_names_stand_in_one_file() -> None:
     assert {name for name, _ in found} == {"_pytorch.py"}, found
 
 
+def test_is_capturing() -> None:
+    """The capture itself is tried where there is a GPU."""
+    assert not _pytorch.is_capturing()
+    if not torch.cuda.is_available():
+        return
+    x, stream = torch.ones(2, device="cuda"), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        x.add_(1)
+        assert _pytorch.is_capturing()
+    assert not _pytorch.is_capturing()
+
+
 def test_is_compiled() -> None:
     plain, by_method, by_function = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
     assert not _pytorch.is_compiled(plain)

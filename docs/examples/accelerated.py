@@ -1,4 +1,4 @@
-"""Accelerate by two processes: torchrun --nproc-per-node 2 docs/examples/accelerated.py"""
+"""Accelerate: torchrun --nproc-per-node 2 docs/examples/accelerated.py"""
 
 import torch
 from accelerate import Accelerator
@@ -25,5 +25,6 @@ for _ in range(20):
         optimizer.step()
 
 total = sum(p.sum().item() for p in network.parameters())
-print(f"process {accelerator.process_index} of {accelerator.num_processes}: {total:.6f}", flush=True)
+rank, size = accelerator.process_index, accelerator.num_processes
+print(f"process {rank} of {size}: {total:.6f}", flush=True)
 accelerator.end_training()

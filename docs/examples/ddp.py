@@ -22,5 +22,6 @@ for _ in range(20):
     loss.backward()
     optimizer.step()
 
-print(f"process {rank} of {size}: {sum(p.sum().item() for p in network.parameters()):.6f}", flush=True)
+total = sum(p.sum().item() for p in network.parameters())
+print(f"process {rank} of {size}: {total:.6f}", flush=True)
 dist.destroy_process_group()

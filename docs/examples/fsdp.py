@@ -1,4 +1,4 @@
-"""Two processes hold half of every weight: torchrun --nproc-per-node 2 docs/examples/fsdp.py"""
+"""Half of every weight each: torchrun --nproc-per-node 2 docs/examples/fsdp.py"""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Lightning: a callback that logs the relaxation and its alignment with backpropagation to any logger."""
+"""Lightning: a callback that logs the relaxation and its alignment to any logger."""
 
 import lightning
 import torch
@@ -9,14 +9,20 @@ from relaxprop import PAPER, ActivationRelaxation, alignment
 
 
 class LogRelaxation(lightning.Callback):
-    """Logs what the latest relaxation left of its start, and every few minibatches the cosine to backpropagation."""
+    """Logs what the latest relaxation left of its initial state.
+
+    Every few minibatches it also logs each gradient's cosine to backpropagation's.
+    """
 
     def __init__(self, every=10):
         self.every = every
 
     def on_train_batch_end(self, trainer, learner, outputs, batch, index):
         record = learner.network.last_relaxation
-        values = {"relaxation/transports": record.transports, "relaxation/remaining": record.remaining}
+        values = {
+            "relaxation/transports": record.transports,
+            "relaxation/remaining": record.remaining,
+        }
         if index % self.every == 0:
             x, labels = batch
             found = alignment(learner.network, lambda y: learner.loss(y, labels), x)

@@ -1,4 +1,4 @@
-"""Optuna: the step size and the number of steps that bring a relaxation near to backpropagation in a short time."""
+"""Optuna: a relaxation that is short and comes near to backpropagation."""
 
 import optuna
 import torch
@@ -7,7 +7,9 @@ from torch import nn
 from relaxprop import ActivationRelaxation, ClosedForm, alignment
 
 torch.manual_seed(0)
-network = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+network = nn.Sequential(
+    nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
+)
 x, labels = torch.rand(32, 20), torch.randint(4, (32,))
 
 
@@ -20,11 +22,15 @@ def objective(trial):
 
 
 def main(trials=30):
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
+    study = optuna.create_study(
+        directions=["minimize", "minimize"],
+        sampler=optuna.samplers.RandomSampler(seed=0),
+    )
     study.optimize(objective, n_trials=trials)
     return study
 
 
 if __name__ == "__main__":
     for best in main().best_trials:  # none of the others is both shorter and nearer
-        print(f"distance {best.values[0]:.1e} after {best.values[1]:.0f} steps of {best.params['step_size']:.2f}")
+        (distance, steps), size = best.values, best.params["step_size"]
+        print(f"distance {distance:.1e} after {steps:.0f} steps of {size:.2f}")

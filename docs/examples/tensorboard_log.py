@@ -1,4 +1,4 @@
-"""TensorBoard: the relaxation and its alignment with backpropagation beside the loss."""
+"""TensorBoard: the relaxation and its alignment, beside the loss."""
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ def main(folder="events", steps=10):
             loss = loss_fn(model(x))
             loss.backward()
             writer.add_scalar("loss", loss.item(), step)
-            writer.add_scalar("relaxation/remaining", model.last_relaxation.remaining, step)
+            writer.add_scalar(
+                "relaxation/remaining", model.last_relaxation.remaining, step
+            )
             for name, found in alignment(model, loss_fn, x).items():
                 writer.add_scalar(f"cosine/{name}", found.cosine, step)
             optimizer.step()

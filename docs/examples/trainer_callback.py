@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a callback that logs the relaxation beside the loss, for a GPT-2 and a ViT."""
+"""Hugging Face's Trainer: a callback that logs the relaxation beside the loss."""
 
 import torch
 from transformers import (
@@ -15,7 +15,10 @@ from relaxprop import ActivationRelaxation, ClosedForm, alignment
 
 
 class LogRelaxation(TrainerCallback):
-    """Adds what the latest relaxation did to the logs, and some gradients' cosine to backpropagation's."""
+    """Adds to the logs what the latest relaxation did.
+
+    It also adds the cosine of some gradients to backpropagation's.
+    """
 
     def __init__(self, model, batch):
         self.model, self.batch = model, batch
@@ -33,19 +36,35 @@ class LogRelaxation(TrainerCallback):
 
 
 def gpt2():
-    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=20,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     tokens = torch.randint(1, 20, (32, 12))
-    return GPT2LMHeadModel(config), [{"input_ids": row, "labels": row} for row in tokens]
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    return GPT2LMHeadModel(config), data
 
 
 def vit():
     config = ViTConfig(
-        image_size=16, patch_size=8, num_channels=1, hidden_size=16, intermediate_size=32,
-        num_hidden_layers=2, num_attention_heads=2, num_labels=4,
-    )  # fmt: skip
+        image_size=16,
+        patch_size=8,
+        num_channels=1,
+        num_labels=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
     images, labels = torch.rand(32, 1, 16, 16), torch.randint(4, (32,))
     return ViTForImageClassification(config), [
-        {"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(images, labels, strict=True)
     ]
 
 
@@ -55,11 +74,12 @@ def main(make, folder, steps=6):
     model = ActivationRelaxation(plain, solver=ClosedForm(0.5, 60))
     batch = torch.utils.data.default_collate(data[:4])
     arguments = TrainingArguments(
-        folder, max_steps=steps, logging_steps=2, per_device_train_batch_size=8, use_cpu=True, save_strategy="no",
-        report_to=["tensorboard"], disable_tqdm=True, learning_rate=0.001, dataloader_pin_memory=False,
+        folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=0.001,
+        logging_steps=2, report_to=["tensorboard"], disable_tqdm=True,
+        save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data)
-    # It comes first, so that the callbacks that report to TensorBoard and others report what it adds.
+    # It comes first, so that the callbacks that report to TensorBoard report this too.
     trainer.callback_handler.callbacks.insert(0, LogRelaxation(model, batch))
     trainer.train()
     return model

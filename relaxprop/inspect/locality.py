@@ -80,8 +80,8 @@ class Locality:
 def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Locality:
     r"""Lists for every update of (1) and (2) what it reads, and what of that is not local.
 
-        (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i        a row for every vertex i
-        (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                        a row for every module with parameters of its own
+        (1)  dx_i/dt = −x_i + Σ_{j∈Chi(i)} x_j ∂x_j/∂x_i     a row for every vertex i
+        (2)  ∂L/∂W = Σ_j (∂x_j/∂W)^T x_j                     a row for every module with own parameters
 
     Learned backwards weights, equation (3), have a row of their own. Another rule's states have rows of their own, its
     weights those of (2). All is found in one forward pass in the model's

@@ -72,8 +72,6 @@ def check_batched(config: RunConfig) -> None:
         reason = f"tolerance {options['tolerance']}: each seed stops after a number of steps of its own"
     elif config.solver == "continuous" and not config.frozen.relaxation_derivative:
         reason = "solver continuous, unfrozen: the integration's step size follows the error of all seeds"
-    elif config.alignment_every:
-        reason = f"alignment_every {config.alignment_every}: alignment is measured on one network"
     elif config.precision != "fp32":
         reason = f"precision {config.precision}: its rounding is too coarse for results that are to be the same"
     else:

@@ -1,7 +1,7 @@
 """The training loop. The learning rule is an argument: backpropagation is the same loop with the wrapper off.
 
 May import: public names, rule, lab.batched, lab.checkpoint, lab.config, lab.data, lab.distributed, lab.files,
-lab.models, lab.results, lab.rules, lab.store.
+lab.graphed, lab.models, lab.results, lab.rules, lab.store.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from relaxprop.lab.config import Loss, OptimizerName, Precision, RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
 from relaxprop.lab.distributed import ALONE, Group, this_group
 from relaxprop.lab.files import OutputError
+from relaxprop.lab.graphed import GraphedStep, Step, make_capturable
 from relaxprop.lab.results import AlignmentSample, EpochMetrics
 from relaxprop.lab.rules import OTHERS, LossFunction, called, wrap
 from relaxprop.lab.store import Opened, Record
@@ -175,7 +176,7 @@ def epochs_at_once(
     if config.signed_inputs:
         dataset = dataset.signed()
     runs = [_started(each, record, dataset) for each, record in unfinished]
-    with limited_threads(config.threads), ExitStack() as stack:
+    with limited_threads(config.threads), precise(config.precision, device), ExitStack() as stack:
         opened = {}
         for run in sorted(runs, key=lambda run: run.config.id):  # another process takes them in the same order
             opened[run] = stack.enter_context(_opened(run.record, group))
@@ -203,21 +204,22 @@ def _trained(
         behind = [run for run in runs if len(run.found) < epoch]
         if behind != now:
             now = behind
-            network, trained, optimizer = _together(now, group, check_finite)
-        samples: list[AlignmentSample] = []
+            training = _together(now, dataset, group, check_finite)
         start = time.perf_counter()
         with expected_transients():
-            losses = train_epoch(trained, optimizer, dataset, [run.config for run in now], epoch, samples.append, group)
-        seconds = time.perf_counter() - start - sum(sample.seconds for sample in samples)
+            losses, samples = train_epoch(training, epoch)
+        seconds = time.perf_counter() - start - sum(sample.seconds for own in samples for sample in own)
         if len(now) > 1:
-            hand_out_state(network, optimizer, [run.model for run in now], [run.optimizer for run in now])
-        for run, loss in zip(now, losses, strict=True):
+            hand_out_state(
+                training.network, training.optimizer, [run.model for run in now], [run.optimizer for run in now]
+            )
+        for run, loss, own in zip(now, losses, samples, strict=True):
             metrics = EpochMetrics(
                 epoch=epoch,
                 train_loss=loss,
                 test_accuracy=accuracy(run.model, test, group=group, precision=config.precision),
                 seconds=seconds / len(now),
-                alignment=tuple(samples),
+                alignment=tuple(own),
             )
             run.found.append(metrics)
             if run.record is not None and group.is_first:
@@ -235,22 +237,39 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     return OPTIMIZERS[config.optimizer](_parameter_groups(model, config), lr=config.learning_rate)
 
 
-def _together(
-    runs: Sequence[_Run], group: Group, check_finite: bool
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-    """The network of the runs, the same as it is trained, and its optimiser."""
+def _together(runs: Sequence[_Run], dataset: Dataset, group: Group, check_finite: bool) -> Training:
+    """The runs as they are trained: one as it is, several as one network."""
     config = runs[0].config
-    network, optimizer = runs[0].model, runs[0].optimizer
+    own = [run.model for run in runs]
+    network, optimizer = own[0], runs[0].optimizer
     if len(runs) > 1:
-        own = [run.model for run in runs]
         network = batched(own)
         optimizer = _optimizer(network, config)
         gather_state(network, optimizer, own, [run.optimizer for run in runs])
         for run in runs:
             if run.record is not None:
                 run.record.note_batched(len(runs))
-    trained = network if config.rule == "backprop" else wrapped_by(config, network, check_finite=check_finite)
-    return network, group.spread(trained), optimizer
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        return model if config.rule == "backprop" else wrapped_by(config, model, check_finite=check_finite)
+
+    trained = wrapped(network)
+    measured = [trained] if len(runs) == 1 else [wrapped(model) for model in own] if config.alignment_every else []
+    if graphed := _has_graph(config, trained, dataset, group):
+        make_capturable(optimizer)
+    configs = [run.config for run in runs]
+    return Training(configs, network, group.spread(trained), optimizer, dataset, measured, group, graphed)
+
+
+def _has_graph(config: RunConfig, trained: nn.Module, dataset: Dataset, group: Group) -> bool:
+    """Whether the steps of a run can be a CUDA graph: where they are all alike, and nobody has to look at a value."""
+    return (
+        dataset.train.images.is_cuda
+        and group.size == 1
+        and not getattr(trained, "check_finite", False)
+        and config.rule in ("ar", "backprop")
+        and "mirror" not in config.feedback.values()
+    )
 
 
 def _save_reports(record: Record, wrapped: LearningRule, inputs: Tensor) -> None:
@@ -323,6 +342,16 @@ def limited_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def precise(precision: Precision, device: torch.device | str) -> AbstractContextManager[None]:
+    """Within it, a GPU's convolutions are taken in float32 where a description says so. By default PyTorch rounds what
+    they multiply to 10 bits (TF32), and so it does no matrix product.
+    """
+    if precision != "fp32" or torch.device(device).type != "cuda":
+        return nullcontext()
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags
+
+
 def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """The convolutions have a learning rate of their own."""
     convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
@@ -333,75 +362,100 @@ def _parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any
     return [group for group in groups if group["params"]]
 
 
-def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    dataset: Dataset,
-    configs: Sequence[RunConfig],
-    epoch: int,
-    on_alignment: Callable[[AlignmentSample], None] = lambda sample: None,
-    group: Group = ALONE,
-) -> list[float]:
-    """One pass over the training data; the mean loss per sample.
+@dataclass(eq=False)
+class Training:
+    """What is trained, by what and on what: one run, or several at once.
 
-    Args:
-        model: of the first of the runs; of several, as `batched` gives it.
-        configs: of the runs, which differ in their seeds alone: a loss for each.
+    Attributes:
+        configs: of the runs, which differ in their seeds alone.
+        network: the model; of several runs, as `batched` gives it.
+        trained: the same as it is called in training.
+        optimizer: of the network.
+        dataset: on the device of the network.
+        measured: whose alignment is measured, one for each run.
+        group: the processes that compute the run.
+        graphed: whether the steps are to be launched as a CUDA graph.
     """
-    config, several = configs[0], len(configs) > 1
-    torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
-    model.train()
-    labels = dataset.train.labels
-    squared = config.loss == "squared-error"
-    targets = functional.one_hot(labels, len(dataset.classes)).to(dataset.train.images.dtype) if squared else labels
-    measure = measured_by(config)
-    mirrors = "mirror" in config.feedback.values()
-    measure = torch.func.vmap(measure) if several else measure
-    total = torch.zeros(len(configs), dtype=torch.float64, device=targets.device)
-    count = 0
-    relaxed: Any = model.module if group.size > 1 else model
-    for i, rows in enumerate(_drawn(len(dataset.train), configs, epoch)):
-        if config.alignment_every and i % config.alignment_every == 0 and isinstance(relaxed, LearningRule):
-            index = rows.to(targets.device)
-            epochs = epoch - 1 + i * config.batch_size / kept_samples(len(dataset.train), config)
-            with autocast(config.precision, index.device):
-                more, loss_of = called(config.rule, measure, targets[index], labels[index])
-                sample = _measure_alignment(relaxed, loss_of, dataset.train.images[index], more, epochs)
-            on_alignment(sample)
-        index = group.share(rows).to(targets.device)
-        if mirrors:
-            mirror_weights(relaxed)
-        more, loss_of = called(config.rule, measure, targets[index], labels[index])
-        inputs = side_by_side(dataset.train.images[index.T]) if several else dataset.train.images[index]
-        with autocast(config.precision, index.device):
-            output = model(inputs, **more)
+
+    configs: Sequence[RunConfig]
+    network: nn.Module
+    trained: nn.Module
+    optimizer: torch.optim.Optimizer
+    dataset: Dataset
+    measured: Sequence[nn.Module]
+    group: Group = ALONE
+    graphed: bool = False
+
+    def __post_init__(self) -> None:
+        config, labels = self.configs[0], self.dataset.train.labels
+        squared = config.loss == "squared-error"
+        classes = len(self.dataset.classes)
+        self.targets = functional.one_hot(labels, classes).to(self.dataset.train.images.dtype) if squared else labels
+        self.measure = measured_by(config)
+        self.step: Step = GraphedStep(self._step, labels.device) if self.graphed else self._step
+
+    def called(self, rows: Tensor, measure: LossFunction) -> tuple[dict[str, Any], Callable[[Any], Tensor]]:
+        """As `rules.called`, on a minibatch."""
+        return called(self.configs[0].rule, measure, self.targets[rows], self.dataset.train.labels[rows])
+
+    def _step(self, rows: Tensor) -> Tensor:
+        """One training step; the loss of each run."""
+        several = len(self.configs) > 1
+        more, loss_of = self.called(rows, torch.func.vmap(self.measure) if several else self.measure)
+        images = self.dataset.train.images
+        inputs = side_by_side(images[rows.T]) if several else images[rows]
+        with autocast(self.configs[0].precision, rows.device):
+            output = self.trained(inputs, **more)
         loss = loss_of(output)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         (loss.sum() if several else loss).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total += loss.detach()
-        count += labels[index].numel()
+        self.optimizer.step()
+        return loss.detach()
+
+    def alignment(self, model: LearningRule, rows: Tensor, epochs: float) -> AlignmentSample:
+        """Of the run whose model it is, on its minibatch."""
+        start = time.perf_counter()
+        with autocast(self.configs[0].precision, rows.device):
+            more, loss_of = self.called(rows, self.measure)
+            gradients = alignment(model, loss_of, self.dataset.train.images[rows], **more)
+            feedback = feedback_alignment(model)
+        return AlignmentSample(
+            epochs=epochs,
+            gradients={name: found.cosine for name, found in gradients.items()},
+            feedback={name: found.cosine for name, found in feedback.items()},
+            seconds=time.perf_counter() - start,
+        )
+
+
+def train_epoch(training: Training, epoch: int) -> tuple[list[float], list[list[AlignmentSample]]]:
+    """One pass over the training data: for each run the mean loss per sample, and what was measured on the way."""
+    config, group, labels = training.configs[0], training.group, training.dataset.train.labels
+    torch.manual_seed(_seed(config, epoch))  # for an asynchronous relaxation
+    for model in (training.trained, *training.measured):
+        model.train()
+    mirrors = "mirror" in config.feedback.values()
+    total = torch.zeros(len(training.configs), dtype=torch.float64, device=labels.device)
+    count = 0
+    samples: list[list[AlignmentSample]] = [[] for _ in training.configs]
+    for i, drawn in enumerate(_drawn(len(labels), training.configs, epoch)):
+        if config.alignment_every and i % config.alignment_every == 0:
+            epochs = epoch - 1 + i * config.batch_size / kept_samples(len(labels), config)
+            each = drawn.to(labels.device).view(len(samples), -1)
+            for found, model, rows in zip(samples, training.measured, each, strict=True):
+                if isinstance(model, LearningRule):
+                    found.append(training.alignment(model, rows, epochs))
+        rows = group.share(drawn).to(labels.device)
+        if mirrors:
+            mirror_weights(training.network)
+        total += training.step(rows)
+        count += rows.numel() * labels[:1].numel()
     total, number = group.total(total, torch.tensor(count, device=total.device))
-    return [len(configs) * summed / int(number) for summed in total.tolist()]
+    return [len(samples) * summed / int(number) for summed in total.tolist()], samples
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
     """Within it, matrix products and convolutions are taken in the precision, and the relaxation phase after them."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _measure_alignment(
-    model: LearningRule, loss_of: Callable[[Any], Tensor], inputs: Tensor, more: dict[str, Any], epochs: float
-) -> AlignmentSample:
-    start = time.perf_counter()
-    gradients = alignment(model, loss_of, inputs, **more)
-    feedback = feedback_alignment(model)
-    return AlignmentSample(
-        epochs=epochs,
-        gradients={name: found.cosine for name, found in gradients.items()},
-        feedback={name: found.cosine for name, found in feedback.items()},
-        seconds=time.perf_counter() - start,
-    )
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:

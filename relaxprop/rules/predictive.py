@@ -198,7 +198,7 @@ class PredictiveCoding(EnergyRule):
     made them, take ``ActivationRelaxation(module, initial="zero")``. n steps cost n forward passes and n products.
 
     Args:
-        module: any module; without ``loss_fn`` one that returns its loss, alone or beside what no gradient is asked of.
+        module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
         loss_fn: maps the module's result and the target to the loss, a tensor of one number; None if it is within.
         step_size: η in (0, 2): ``v ← v + η dv/dt``. (a) is stable for smaller ones the larger the weights are.
         num_steps: n ≥ 1.
@@ -259,7 +259,7 @@ class EquilibriumPropagation(EnergyRule):
     in each of the two phases.
 
     Args:
-        module: any module; without ``loss_fn`` one that returns its loss, alone or beside what no gradient is asked of.
+        module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
         loss_fn: maps the module's result and the target to the loss, a tensor of one number; None if it is within.
         beta: β > 0, how strongly the loss nudges.
         centred: whether there is a phase at −β too.

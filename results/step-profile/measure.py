@@ -164,7 +164,7 @@ def table(outcome: dict[str, Any]) -> str:
     times = {name: (plain[name], relaxed[name]) for name in plain}
     times["**a step, not timed from within**"] = step["backpropagation"], step["PAPER"]
     rows = [(name, f"{a:.2f}", f"{b:.2f}", f"{b - a:.2f}") for name, (a, b) in times.items()]
-    where = ", ".join(str(value) for value in outcome["environment"].values() if value is not None)
+    where = ", ".join(f"{name} {value}" for name, value in outcome["environment"].items() if value is not None)
     head = ("part (ms)", "backpropagation", "`PAPER`", "more")
     return (
         f"{markdown_table(head, rows)}\n`{outcome['command']}`: medians of {outcome['rounds']} rounds, "

@@ -16,7 +16,7 @@ from relaxprop.lab import stats
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.experiments import claims, paper, queue
 from relaxprop.lab.experiments.conditions import condition_runs
-from relaxprop.lab.experiments.evidence import CLAIMS, SUPPORTING, Claim, best, judged, sources
+from relaxprop.lab.experiments.evidence import CLAIMS, FIGURES, SUPPORTING, Claim, best, judged, sources
 from relaxprop.lab.experiments.plan import plan_of
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import Compared, EpochMetrics, FinishedRun, Head, RunLine
@@ -187,10 +187,11 @@ def page_line(results: Path, start: str) -> str:
 def test_what_is_said_without_evidence(tmp_path: Path) -> None:
     page = claims.page(sources(tmp_path), None, "make")
     assert page.startswith(
-        "# The paper's claims\n\n**None of the paper's 29 claims is refuted by what is kept here**: 0 hold, and 29 are "
-        "open."
+        "# The paper's claims\n\n**Of the paper's 29 claims 0 do not hold here, 0 hold, and 29 are open.**\n\nThis "
     )
-    assert page.count("| 0 |  |  |  | open: no runs |  | none | `relaxprop reproduce ") == 37
+    assert page.count("| 0 |  |  |  | open: no runs |  | none |") == 37
+    for figure, dataset in FIGURES:
+        assert f"\n* to be computed by `relaxprop reproduce {figure} --dataset {dataset}`\n" in page
     assert "There are no runs yet." in page
 
 
@@ -227,21 +228,25 @@ def test_what_is_said_of_one_seed_and_at_chance(tmp_path: Path) -> None:
 
 def test_what_does_not_hold_is_said_first(tmp_path: Path) -> None:
     path = kept(tmp_path, "figure", EQUAL | {"d": [0.1, 0.1, 0.11]})
-    first = claims.page(sources(tmp_path), None, "make").split("\n\n")[1]
-    assert first == (
-        "**Of the paper's 29 claims 1 does not hold here**: Figure 1, MNIST, b: with f'(W x) in the update, the "
-        "accuracy stays the same (-3.0 points). Of the others 1 holds, and 27 are open."
-    )
+    paragraphs = claims.page(sources(tmp_path), None, "make").split("\n\n")
+    assert paragraphs[1:4] == [
+        "**Of the paper's 29 claims 1 does not hold here, 1 holds, and 27 are open.**",
+        "These do not hold:",
+        "* Figure 1, MNIST, b: with f'(W x) in the update, the accuracy stays the same. The difference is -3.0 points.",
+    ]
+    command = "`relaxprop reproduce figure1 --epochs 5 --seeds 3`"
+    assert (
+        sum(f"* `{tmp_path.name}/figure` is made by {command}" in part for part in paragraphs) == 2
+    )  # the second: what it rests on
     path.unlink()
     path.parent.rmdir()
     worse = [value - 0.05 for value in EQUAL["backprop"]]
     kept(tmp_path, "figure", {"backprop": EQUAL["backprop"], "baseline": worse})
-    first = claims.page(sources(tmp_path), None, "make").split("\n\n")[1]
-    assert "None of the paper's 29 claims is refuted" in first
-    assert first.endswith(
-        "Of what they rest on, this does not hold: Figure 1, MNIST, Activation Relaxation reaches backpropagation's "
-        "accuracy (-5.0 points)."
-    )
+    assert claims.page(sources(tmp_path), None, "make").split("\n\n")[1:4] == [
+        "**Of the paper's 29 claims 0 do not hold here, 0 hold, and 29 are open.**",
+        "The claims rest on others, of which these do not hold:",
+        "* Figure 1, MNIST, Activation Relaxation reaches backpropagation's accuracy. The difference is -5.0 points.",
+    ]
 
 
 def test_holms_correction_is_over_all_claims_of_the_page(tmp_path: Path) -> None:
@@ -263,7 +268,8 @@ def test_holms_correction_is_over_all_claims_of_the_page(tmp_path: Path) -> None
     assert among.holm > stats.LEVEL
     assert among.verdict == "does not hold: -2.6 points"
     assert "**does not hold**: -2.6 points (after Holm's correction open)" in page_line(tmp_path, "b: with")
-    assert "(-2.6 points, after Holm's correction open)" in claims.first_sentence(lines)
+    page = claims.page(sources(tmp_path), None, "make")
+    assert "The difference is -2.6 points, and after Holm's correction the claim is open." in page
 
 
 def test_the_short_tables_have_the_same_verdicts(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def title(benchmark: Benchmark) -> str:
     """What is measured."""
     image = f" on {benchmark.image_size}×{benchmark.image_size} images" if benchmark.model == RESNET else ""
     vertices = "" if benchmark.vertices == "activations" else f", all {benchmark.vertices} vertices"
-    return f"{benchmark.model}{image}, batch {benchmark.batch_size}, {benchmark.device}{vertices}"
+    graphs = ", each step one CUDA graph" if benchmark.cuda_graphs else ""
+    return f"{benchmark.model}{image}, batch {benchmark.batch_size}, {benchmark.device}{vertices}{graphs}"
 
 
 def cost_tables(benchmark: Benchmark) -> list[NamedTable]:

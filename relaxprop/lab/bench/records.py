@@ -43,6 +43,7 @@ class Benchmark(BaseModel):
     vertices: str = "activations"
     batch_size: int
     device: str
+    cuda_graphs: bool = False  # whether each step is launched as one
     rounds: int
     parameters: int | None = None
     costs: list[StepCost]

@@ -88,16 +88,24 @@ def relaxation_step(
     *,
     vertices: Granularity = "activations",
     frozen: Frozen = ALL_FROZEN,
+    check_finite: bool = True,
 ) -> Step:
     """A training step of Activation Relaxation; of backpropagation where there is no solver."""
     trained = problem.network
     if solver is not None:
-        trained = ActivationRelaxation(trained, solver=solver, vertices=vertices, frozen=frozen)
+        trained = ActivationRelaxation(
+            trained, solver=solver, vertices=vertices, frozen=frozen, check_finite=check_finite
+        )
     return training_step(problem, lambda: problem.loss(trained(problem.inputs), problem.targets))
 
 
 def all_steps(
-    problem: Problem, rules: Sequence[str], solvers: Sequence[str], vertices: Granularity = "activations"
+    problem: Problem,
+    rules: Sequence[str],
+    solvers: Sequence[str],
+    vertices: Granularity = "activations",
+    *,
+    check_finite: bool = True,
 ) -> dict[str, Step]:
     """A training step of backpropagation and of every rule, by its name in the tables.
 
@@ -105,6 +113,7 @@ def all_steps(
         rules: of ``RULES``.
         solvers: of ``SOLVERS``, for Activation Relaxation.
         vertices: what relaxes.
+        check_finite: whether a step looks at what it computes.
 
     Raises:
         ValueError: if a rule or a solver is unknown, the network has no such vertices, or a rule cannot train it.
@@ -112,12 +121,13 @@ def all_steps(
     check_names(rules, solvers)
     chosen = [SOLVERS[name] for name in solvers] if OWN in rules else []
     steps = {BASELINE: relaxation_step(problem, None)}
-    steps |= {label(solver): relaxation_step(problem, solver, vertices=vertices) for solver in chosen}
-    return steps | {rule_label(rule): _other(problem, rule, vertices) for rule in rules if rule != OWN}
+    common: dict[str, Any] = {"vertices": vertices, "check_finite": check_finite}
+    steps |= {label(solver): relaxation_step(problem, solver, **common) for solver in chosen}
+    return steps | {rule_label(rule): _other(problem, rule, common) for rule in rules if rule != OWN}
 
 
-def _other(problem: Problem, rule: str, vertices: Granularity) -> Step:
-    trained = wrap(rule, problem.network, _options(rule), problem.loss, seed=0, vertices=vertices)
+def _other(problem: Problem, rule: str, common: Mapping[str, Any]) -> Step:
+    trained = wrap(rule, problem.network, _options(rule), problem.loss, seed=0, **common)
     more, loss_of = called(rule, problem.loss, problem.targets, problem.targets)
     return training_step(problem, lambda: loss_of(trained(problem.inputs, **more)))
 

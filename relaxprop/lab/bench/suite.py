@@ -1,7 +1,7 @@
 """What a training step costs by every rule beside backpropagation's: time, memory, operations, launches.
 
 May import: vertices, lab.bench.against, lab.bench.counting, lab.bench.measuring, lab.bench.problems, lab.bench.records,
-lab.bench.steps, lab.training.
+lab.bench.steps, lab.graphed, lab.training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from relaxprop.lab.bench.measuring import BASELINE, Step, interleaved, peak_byte
 from relaxprop.lab.bench.problems import IMAGE_SIZES, PAPERS, Problem, build
 from relaxprop.lab.bench.records import Benchmark, Ratio, StepCost
 from relaxprop.lab.bench.steps import OWN, PAPERS_SOLVER, RULES, USUAL, Part, all_steps, parts
+from relaxprop.lab.graphed import Graphed
 from relaxprop.lab.training import expected_transients
 from relaxprop.vertices import Granularity
 
@@ -35,6 +36,7 @@ class Plan:
         device: where.
         image_size: of the ResNet's images.
         against: others' code that trains the same network.
+        cuda_graphs: whether each training step is launched as one CUDA graph, which then looks at no value.
     """
 
     model: str = "mlp"
@@ -46,6 +48,7 @@ class Plan:
     device: torch.device | str = "cpu"
     image_size: int = IMAGE_SIZES[0]
     against: Sequence[Rival] = ()
+    cuda_graphs: bool = False
 
     @property
     def chosen(self) -> Sequence[str]:
@@ -61,7 +64,7 @@ class Plan:
             ValueError: if there is no such network, or a rule or others' code cannot train it.
         """
         problem = build(self.model, batch_size=self.batch_size, device=self.device, image_size=self.image_size)
-        steps = all_steps(problem, self.chosen, self.solvers, self.vertices)
+        steps = all_steps(problem, self.chosen, self.solvers, self.vertices, check_finite=not self.cuda_graphs)
         for rival in self.against:
             steps |= rival.steps(problem)
         return problem, steps
@@ -83,6 +86,10 @@ def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda:
     beside, ratios = _parts(plan, problem)
     warm(steps | beside)
     counted = {name: _counts(step, plan.device) for name, step in steps.items()}
+    if plan.cuda_graphs:
+        steps = {name: Graphed(step, plan.device) for name, step in steps.items()}
+        warm(steps)
+        counted = {name: (*counted[name][:2], counting.launches(step, plan.device)) for name, step in steps.items()}
     times = interleaved(steps | beside, rounds=rounds, device=plan.device, on_round=on_round)
     return Benchmark(
         model=plan.model,
@@ -90,6 +97,7 @@ def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda:
         vertices=plan.vertices,
         batch_size=plan.batch_size,
         device=str(plan.device),
+        cuda_graphs=plan.cuda_graphs,
         rounds=rounds,
         parameters=sum(p.numel() for p in problem.network.parameters()),
         costs=[_cost(name, times, counted) for name in steps],
@@ -100,7 +108,9 @@ def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda:
 def _parts(plan: Plan, problem: Problem) -> tuple[dict[str, Step], list[Part]]:
     """Those of the paper's networks, where what they are compared with is measured too."""
     of_the_paper = plan.model in PAPERS and plan.vertices == "activations" and OWN in plan.chosen
-    return parts(problem, plan.chosen) if of_the_paper and {PAPERS_SOLVER, "euler"} <= {*plan.solvers} else ({}, [])
+    if plan.cuda_graphs or not of_the_paper or not {PAPERS_SOLVER, "euler"} <= {*plan.solvers}:
+        return {}, []
+    return parts(problem, plan.chosen)
 
 
 def _counts(step: Step, device: torch.device | str) -> tuple[int, int, int | None]:

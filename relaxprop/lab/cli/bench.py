@@ -88,6 +88,14 @@ def bench(
         list[str] | None,
         typer.Option(help="PyTorch device, as cpu or cuda; repeat it for several. (default: cpu)"),
     ] = None,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs",
+            help="On a CUDA device: launch each training step as one CUDA graph, which looks at no value "
+            "(check_finite=False).",
+        ),
+    ] = False,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,6 +120,7 @@ def bench(
     chosen = list(dict.fromkeys(what or [What.STEPS]))
     of_steps = {
         "--model": model, "--batch-size": batch_size, "--rule": rule, "--vertices": vertices, "--against": against,
+        "--cuda-graphs": cuda_graphs or None,
     }  # fmt: skip
     if What.STEPS not in chosen:
         _refuse_given(of_steps, "without --what steps")
@@ -130,6 +139,8 @@ def bench(
     if image_size is not None and problems.RESNET not in models:
         raise typer.BadParameter(f"it has no effect without --model {problems.RESNET}", param_hint="--image-size")
     devices = [find_device(name) for name in dict.fromkeys(device or ["cpu"])]
+    if cuda_graphs and (elsewhere := [where for where in devices if where.type != "cuda"]):
+        raise typer.BadParameter(f"there are none on {elsewhere[0]}: name --device cuda", param_hint="--cuda-graphs")
     with usage_errors("--against"):
         rivals = [others.find(name) for name in against or ()]
     check_writable(out)
@@ -145,6 +156,7 @@ def bench(
             device=where,
             image_size=image_size or problems.IMAGE_SIZES[0],
             against=rivals,
+            cuda_graphs=cuda_graphs,
         )
         for name, size, where in product(models, dict.fromkeys(batch_size or [64]), devices)
         if What.STEPS in chosen

@@ -26,7 +26,7 @@ SAID: dict[Claim, str] = {
 }
 COLUMNS = (
     "the paper's claim", "seeds", "epochs", "difference (points)", "95 % interval", "verdict", "would decide",
-    "evidence", "command",
+    "evidence",
 )  # fmt: skip
 PAPER: dict[Claim, str] = {"equivalent": "the same", "worse": "worse", "destroyed": "destroyed"}
 PAPERS = "the paper's "
@@ -45,12 +45,16 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
     to_come = [] if queue is None else states(queue, found)
     parts = [
         "# The paper's claims",
-        f"{first_sentence(lines)} {supporting_sentence(supporting)}".rstrip(),
-        f"This page is made by `{command}` from the kept results, and is not written by hand. f' is the derivative of "
-        "the activation function. Algorithm 1 takes it, and the presynaptic activity, from the feedforward pass; "
-        "*f'(W x)* and *presynaptic x* are taken at the relaxing activities x instead. *ψ* are backwards weights of "
-        "their own in place of the weights' transpose; *no f'* means that 1 stands for it. The difference is of the "
-        "test accuracy after the last epoch, seed by seed, to Activation Relaxation by Algorithm 1.",
+        first_sentence(lines),
+        *_refuted("These do not hold:", lines),
+        *_refuted("The claims rest on others, of which these do not hold:", supporting),
+        f"This page is made by `{command}` from the kept results, and is not written by hand. Its words and symbols:",
+        "* f' is the derivative of the activation function. Algorithm 1 takes f' and the presynaptic activity from the "
+        "feedforward pass. *f'(W x)* and *presynaptic x* are taken at the states x instead.\n"
+        "* *ψ* are backwards weights of their own, in the place of the weights' transpose. *No f'* means that the "
+        "number 1 stands in the place of f'.\n"
+        "* The *difference* is that of the test accuracy after the last epoch, seed by seed, to Activation Relaxation "
+        "by Algorithm 1. In the rows of Activation Relaxation itself it is the difference to backpropagation.",
     ]
     parts += ["## At a glance", "The difference in points with its 95 % interval, and the verdict.",
               _short_table([*lines, *supporting])]  # fmt: skip
@@ -59,13 +63,15 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
         parts += [
             f"## {_title(own[0])}",
             _data(own),
-            markdown_table(COLUMNS, [_cells(x, to_come) for x in own]),
+            markdown_table(COLUMNS, [_cells(x) for x in own]),
+            _commands(own, to_come),
         ]
     parts += [
         "## What these claims rest on",
-        "That Activation Relaxation equals backpropagation (the difference is to that), and that fixed random "
-        "feedback, for comparison, is seen to be worse.",
-        markdown_table(COLUMNS, [_cells(x, to_come, with_place=True) for x in supporting]),
+        "The other claims compare with Activation Relaxation by Algorithm 1, so it has to reach backpropagation's "
+        "accuracy. Fixed random feedback has to be worse, so that the comparison can tell rules apart.",
+        markdown_table(COLUMNS, [_cells(x, with_place=True) for x in supporting]),
+        _commands(supporting, to_come),
     ]
     for source in found:
         if source.figure is not None and (beside := beside_table(source.figure.rows)):
@@ -117,33 +123,26 @@ def _short(line: Line) -> str:
 
 
 def first_sentence(lines: Sequence[Line]) -> str:
-    """What does not hold, then how many hold and are open."""
-    refuted = [line for line in lines if line.verdict.startswith("does not hold")]
+    """How many do not hold, hold, and are open."""
+    refuted = sum(line.verdict.startswith("does not hold") for line in lines)
     holds = sum(line.verdict == "holds" for line in lines)
-    still = len(lines) - holds - len(refuted)
-    rest = f"{holds} {'holds' if holds == 1 else 'hold'}, and {still} {'is' if still == 1 else 'are'} open"
-    if not refuted:
-        return f"**None of the paper's {len(lines)} claims is refuted by what is kept here**: {rest}."
-    verb = "does" if len(refuted) == 1 else "do"
-    named = _named(refuted)
-    return f"**Of the paper's {len(lines)} claims {len(refuted)} {verb} not hold here**: {named}. Of the others {rest}."
+    still = len(lines) - holds - refuted
+    not_ = f"{refuted} {'does' if refuted == 1 else 'do'} not hold here"
+    do = f"{holds} {'holds' if holds == 1 else 'hold'}"
+    open_ = f"{still} {'is' if still == 1 else 'are'} open"
+    return f"**Of the paper's {len(lines)} claims {not_}, {do}, and {open_}.**"
 
 
-def supporting_sentence(lines: Sequence[Line]) -> str:
-    """Which of what the claims rest on does not hold; nothing where all of it may."""
-    refuted = [line for line in lines if line.verdict.startswith("does not hold")]
-    return f"Of what they rest on, this does not hold: {_named(refuted)}." if refuted else ""
-
-
-def _named(refuted: Sequence[Line]) -> str:
-    """With the difference, and whether Holm's correction leaves it open."""
+def _refuted(title: str, lines: Sequence[Line]) -> list[str]:
+    """What does not hold, with the difference and whether Holm's correction leaves it open; nothing if all may hold."""
     texts = []
-    for line in refuted:
-        assert line.found is not None
-        points = f"{100 * line.found.difference.mean:+.1f} points"
-        after = ", after Holm's correction open" if _is_open_after(line) else ""
-        texts.append(f"{_title(line)}, {in_words(line)} ({points}{after})")
-    return "; ".join(texts)
+    for line in lines:
+        if line.verdict.startswith("does not hold"):
+            assert line.found is not None
+            points = f"The difference is {100 * line.found.difference.mean:+.1f} points"
+            after = ", and after Holm's correction the claim is open" if _is_open_after(line) else ""
+            texts.append(f"* {_title(line)}, {in_words(line)}. {points}{after}.")
+    return [title, "\n".join(texts)] if texts else []
 
 
 def in_words(line: Line) -> str:
@@ -208,12 +207,23 @@ def _verdict(line: Line) -> str:
     return f"{said} (after Holm's correction open)" if _is_open_after(line) else said
 
 
-def _cells(line: Line, to_come: Sequence[State], *, with_place: bool = False) -> tuple[str, ...]:
+def _commands(lines: Sequence[Line], to_come: Sequence[State]) -> str:
+    """By which command each piece of evidence was made, or would be."""
+    said = []
+    for line in lines:
+        if line.source is None or line.found is None:
+            command = next((s.command for s in to_come if _computes(s, line)), None) or _command(line)
+            said.append(f"* to be computed by `{shown(command)}`")
+        else:
+            said.append(f"* `{line.source.place}` is made by `{shown(line.source.command)}`")
+    return "\n".join(dict.fromkeys(said))
+
+
+def _cells(line: Line, *, with_place: bool = False) -> tuple[str, ...]:
     source, on = line.source, line.found
     claim = f"{_title(line)}: {in_words(line)}" if with_place else in_words(line)
     if source is None or on is None:
-        command = next((s.command for s in to_come if _computes(s, line)), None) or _command(line)
-        return (claim, "0", "", "", "", line.verdict, "", "none", f"`{shown(command)}`")
+        return (claim, "0", "", "", "", line.verdict, "", "none")
     would = ""
     if line.verdict.startswith("open") and line.holm is not None:
         would = f"{line.seeds:,} seeds" if line.seeds else f"not even {MOST_SEEDS:,} seeds"
@@ -226,7 +236,6 @@ def _cells(line: Line, to_come: Sequence[State], *, with_place: bool = False) ->
         _verdict(line),
         would,
         f"{source.kind}{missing}: `{source.place}`",
-        f"`{shown(source.command)}`",
     )
 
 

@@ -1,4 +1,4 @@
-"""The rivals on the same network: every learning rule, and every rule of backwards weights, at its own learning rate.
+"""Every learning rule and every rule of backwards weights on the same network, each at its own learning rate.
 
 First each of them is trained at learning rates of a small grid, on four fifths of the training images, and the rate is
 taken at which it classifies the last fifth best. The search begins in the grid's middle, and goes on until the rates

@@ -307,14 +307,15 @@ RULES = (
     f"equivalent: the {100 * CONFIDENCE:g} % interval of the difference lies within ±{100 * MARGIN:g} point; worse: "
     "below that; destroyed: below minus half of what the baseline has learned beyond chance; does not hold: the "
     "interval lies outside; open: else",
-    f"… would: so many seeds decide with a probability of {100 * PROBABILITY:g} %, if the mean and the spread so far "
-    "are the truth",
+    f"… would: this number of seeds would decide with a probability of {100 * PROBABILITY:g} %, if the mean and the "
+    "spread so far are the truth",
 )
 NOTES = (
-    "difference: of the final test accuracy, seed by seed, to the baseline (Activation Relaxation with everything "
-    "frozen); the baseline's own, to backpropagation",
+    "difference: that of the final test accuracy, seed by seed, to the baseline, which is Activation Relaxation with "
+    "everything frozen; for the baseline itself, to backpropagation",
     *RULES,
-    "seconds: of training, median over seeds; cost: median time of an epoch of it relative to backpropagation's",
+    "seconds: the time of training, median over seeds; cost: the median time of an epoch, relative to "
+    "backpropagation's",
 )
 
 
@@ -335,8 +336,8 @@ def notes(rows: Sequence[Row], chance: float, *, runs: int, planned: int | None 
     family = [row.name for row in rows if row.holm is not None]
     separator = "; " if any(row.beside for row in rows) else ", "  # names of versions have commas
     holms = (
-        f"Holm's p: of the one-sided t test that decides (of an equivalence, of the two the larger), corrected for the "
-        f"family of this table's {len(family)} claims ({separator.join(family)}); the verdict stays where it is below "
+        f"Holm's p: the p-value of the one-sided t test that decides (for an equivalence, the larger of the two), "
+        f"corrected for this table's {len(family)} claims ({separator.join(family)}); the verdict stays if it is below "
         f"{LEVEL:.3g}"
     )
     missing = (
