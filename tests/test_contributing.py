@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -42,13 +44,6 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(package: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(package), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=package, env=environment, check=False
-    )
-
-
 TRIAL = """
 import torch
 from torch import nn
@@ -80,6 +75,52 @@ try:
 except TypeError as error:
     print(error)
 """
+COMMANDS = {
+    "help": ("train", "--help"),
+    "solver": ("train", "--epochs", "1", "--solver", "neumann", "--num-steps", "3", "--runs", "runs"),
+    "rule": ("train", "--rule", "signed", "--epochs", "2", "--runs", "signed"),
+    "beta": ("train", "--rule", "signed", "--beta", "0.1"),
+    "experiment": (
+        "reproduce", "feedback", "--dataset", "bars", "--seeds", "2", "--epochs", "2", "--engine", "last-first",
+        "--runs", "runs", "--out", "figure",
+    ),
+}  # fmt: skip
+# The commands one after the other in one process, as each of its own would take seconds to import PyTorch.
+DRIVER = f"""
+import contextlib, io, json, traceback
+from typer.testing import CliRunner
+from relaxprop.lab.cli.main import app
+
+told = {{}}
+for name, arguments in {COMMANDS!r}.items():
+    done = CliRunner().invoke(app, arguments)
+    crash = "".join(traceback.format_exception(done.exception)) if done.exit_code == 1 else ""
+    told[name] = (done.exit_code, done.stdout, done.stderr + crash)
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    try:
+        exec({TRIAL!r}, {{}})
+        told["trial"] = (0, out.getvalue(), "")
+    except Exception:
+        told["trial"] = (1, out.getvalue(), traceback.format_exc())
+print(json.dumps(told))
+"""
+
+
+class Told(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def told(package: Path) -> dict[str, Told]:
+    """What the commands and the trial say, with the changed package."""
+    environment = os.environ | {"PYTHONPATH": str(package), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], capture_output=True, text=True, cwd=package, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: Told(*each) for name, each in json.loads(done.stdout).items()}
 
 
 def test_the_diffs_are_shown() -> None:
@@ -109,38 +150,33 @@ def test_the_workflow_runs_what_there_is() -> None:
     assert f">={jobs['tests']['strategy']['matrix']['python'][0]}" == project["requires-python"]
 
 
-def test_a_new_solver_and_a_new_layer_work_and_the_messages_name_them(package: Path) -> None:
-    tried = run(package, "-c", TRIAL)
-    assert tried.returncode == 0, tried.stderr
-    assert "Neumann(…)" in tried.stdout
+def test_a_new_solver_and_a_new_layer_work_and_the_messages_name_them(told: dict[str, Told]) -> None:
+    tried = told["trial"]
+    assert tried.status == 0, tried.err
+    assert "Neumann(…)" in tried.out
 
 
-def test_a_new_solver_is_on_the_command_line(package: Path) -> None:
-    helped = run(package, "-m", "relaxprop", "train", "--help")
-    assert "neumann" in helped.stdout
-    options = ("--epochs", "1", "--solver", "neumann", "--num-steps", "3", "--runs", str(package / "runs"))
-    trained = run(package, "-m", "relaxprop", "train", *options)
-    assert trained.returncode == 0, trained.stderr
-    assert "test accuracy" in trained.stdout
+def test_a_new_solver_is_on_the_command_line(told: dict[str, Told]) -> None:
+    assert "neumann" in told["help"].out
+    trained = told["solver"]
+    assert trained.status == 0, trained.err
+    assert "test accuracy" in trained.out
 
 
-def test_a_new_rule_trains_by_its_name(package: Path) -> None:
-    options = ("--rule", "signed", "--epochs", "2", "--runs", str(package / "signed"))
-    trained = run(package, "-m", "relaxprop", "train", *options)
-    assert trained.returncode == 0, trained.stderr
-    (accuracy,) = re.findall(r"test accuracy\D*(\d+\.\d+) ?%", trained.stdout)[-1:]
+def test_a_new_rule_trains_by_its_name(told: dict[str, Told]) -> None:
+    trained = told["rule"]
+    assert trained.status == 0, trained.err
+    (accuracy,) = re.findall(r"test accuracy\D*(\d+\.\d+) ?%", trained.out)[-1:]
     assert float(accuracy) > 30  # of ten digits
-    refused = run(package, "-m", "relaxprop", "train", "--rule", "signed", "--beta", "0.1")
-    assert refused.returncode == 2
-    assert "--beta" in refused.stderr
+    refused = told["beta"]
+    assert refused.status == 2
+    assert "--beta" in refused.err
 
 
-def test_a_new_experiment_on_a_new_data_set_by_a_new_engine(package: Path) -> None:
-    options = ("--dataset", "bars", "--seeds", "2", "--epochs", "2", "--engine", "last-first")
-    folders = ("--runs", str(package / "runs"), "--out", str(package / "figure"))
-    done = run(package, "-m", "relaxprop", "reproduce", "feedback", *options, *folders)
-    assert done.returncode == 0, done.stderr
-    assert "the weights' signs" in done.stdout
+def test_a_new_experiment_on_a_new_data_set_by_a_new_engine(package: Path, told: dict[str, Told]) -> None:
+    done = told["experiment"]
+    assert done.status == 0, done.err
+    assert "the weights' signs" in done.out
     table = (package / "figure" / "table.md").read_text(encoding="utf-8")
     assert all(
         name in table for name in ("Backpropagation", "signs: the weights' signs", "random: fixed random feedback")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,6 +19,7 @@ from relaxprop.solvers import Solver
 from tests.compare import backward
 from tests.integrations import ranks
 from tests.integrations.problem import EQUAL, distance, mlp, samples, wrapped
+from tests.two_processes import as_two
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -31,16 +31,7 @@ NO_SHARDS = "before PyTorch 2.7 fully_shard needs a GPU"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have found, a file for each case, solver and rank."""
     path = tmp_path_factory.mktemp("ranks")
-    workers = [mp.get_context("spawn").Process(target=ranks.work, args=(rank, path)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-    for worker in workers:
-        worker.kill()
-    errors = [file.read_text() for file in sorted(path.glob("failed-*"))]
-    assert not errors, errors[0]
-    assert all(worker.exitcode == 0 for worker in workers)
+    as_two(ranks.work, path)
     return path
 
 

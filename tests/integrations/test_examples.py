@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import runpy
-import socket
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 
 import relaxprop
 from relaxprop import ClosedForm, alignment, steps_to_converge
+from tests.two_processes import as_two
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -52,23 +50,22 @@ def trained_by_one_process() -> float:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "accelerated"])
-def test_two_processes_train_as_one_does(name: str) -> None:
+def test_two_processes_train_as_one_does(name: str, tmp_path: Path) -> None:
     if name == "accelerated":
         pytest.importorskip("accelerate")
     if name == "fsdp" and not hasattr(torch.compiler, "is_exporting"):
         pytest.skip("before PyTorch 2.7 fully_shard needs a GPU")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(Path(relaxprop.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launch = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port)
-    command = [sys.executable, "-m", *launch, str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    said = dict(re.findall(r"process (\d) of 2: (-?\d+\.\d{6})", done.stdout))  # two may share a line
-    assert set(said) == {"0", "1"}
-    for total in said.values():
+    as_two(_say, EXAMPLES / f"{name}.py", tmp_path)
+    for rank in "01":
+        said = (tmp_path / rank).read_text()
+        (total,) = re.findall(rf"^process {rank} of 2: (-?\d+\.\d{{6}})$", said, re.M)
         assert float(total) == pytest.approx(trained_by_one_process(), abs=1e-4)
+
+
+def _say(rank: int, script: Path, folder: Path) -> None:
+    """Runs a script as a program, and keeps what it says in a file of the rank's."""
+    with (folder / str(rank)).open("w") as out, redirect_stdout(out):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def read_csv(logger: Any) -> dict[str, list[float]]:

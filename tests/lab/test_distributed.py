@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from relaxprop.lab.checkpoint import kept_checkpoint
 from relaxprop.lab.config import RunConfig
@@ -19,7 +17,8 @@ from relaxprop.lab.files import OutputError
 from relaxprop.lab.models import ModelError
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.training import train
-from tests.lab.problem import few_digits, learning
+from tests.lab.problem import few_digits, invoke, learning
+from tests.two_processes import as_two
 
 RELATIVE = 1e-6
 
@@ -45,30 +44,26 @@ CONFIGS = {
 }
 
 
-def _run(rank: int, folder: Path, configs: dict[str, RunConfig]) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+INTERRUPTED = "adam"
+
+
+def _run(rank: int, folder: Path) -> None:
     digits = few_digits()
     with joined(torch.device("cpu")) as group:
         assert group == Group(rank, 2)
-        for name, config in configs.items():
+        for name, config in CONFIGS.items():
             train(config, digits, root=folder / name)
+        for _ in range(2):  # the second time it is finished: both processes are done with it at once
+            train(CONFIGS[INTERRUPTED], digits, root=folder / "interrupted")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, each by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    _start(folder, CONFIGS)
+    train(CONFIGS[INTERRUPTED].model_copy(update={"epochs": 1}), few_digits(), root=folder / "interrupted")
+    as_two(_run, folder)
     return folder
-
-
-def _start(folder: Path, configs: dict[str, RunConfig]) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    torch.multiprocessing.spawn(_run, (folder, configs), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
 
 
 def numbers(metrics: Sequence[EpochMetrics]) -> list[float]:
@@ -94,13 +89,9 @@ def test_two_processes_learn_what_one_does(name: str, folder: Path, tmp_path: Pa
     assert not (run / "lock").exists()
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    config = CONFIGS["adam"]
-    train(config.model_copy(update={"epochs": 1}), few_digits(), root=tmp_path / "run")
-    _start(tmp_path, {"run": config})
-    _start(tmp_path, {"run": config})  # finished: all processes end at once
-    (found,) = (kept_checkpoint(run) for run in (tmp_path / "run").iterdir())
-    expected = train(config, few_digits())
+def test_an_interrupted_run_goes_on(folder: Path) -> None:
+    (found,) = (kept_checkpoint(run) for run in (folder / "interrupted").iterdir())
+    expected = train(CONFIGS[INTERRUPTED], few_digits())
     assert found is not None
     assert found.metrics is not None
     assert numbers(found.metrics) == pytest.approx(numbers(expected), rel=RELATIVE, abs=RELATIVE)
@@ -149,8 +140,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     done = torchrun("train", "--epochs", "2", "--runs", "two", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   1/2") == 1  # the first process alone speaks
-    alone = [sys.executable, "-m", "relaxprop", "train", "--epochs", "2", "--runs", "one"]
-    subprocess.run(alone, cwd=tmp_path, check=True, capture_output=True)
+    assert invoke("train", "--epochs", "2", "--runs", tmp_path / "one")[0] == 0
     (one,), (two,) = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
     assert one.name == two.name
     found, expected = kept_checkpoint(two), kept_checkpoint(one)
@@ -163,10 +153,13 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     )
 
 
-def test_a_grid_is_refused_under_torchrun(tmp_path: Path) -> None:
-    done = torchrun("reproduce", "demo", folder=tmp_path)
-    assert done.returncode != 0
-    assert "use it with relaxprop train" in " ".join(done.stderr.replace("│", " ").split())
+def test_a_grid_is_refused_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    status, text = invoke("reproduce", "demo", "--runs", tmp_path / "runs", "--out", tmp_path / "figure")
+    assert status == 2
+    assert "use it with relaxprop train" in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_is_a_group_of_its_own() -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from relaxprop.lab.cli.main import app
 from relaxprop.lab.cli.progress import GridProgress
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import DataError, Dataset, Split
@@ -215,11 +217,27 @@ def test_who_stops_looking_ends_the_workers(digits: Dataset, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------- on the command line
 
 
-def reproduce(folder: Path, *options: str) -> list[str]:
+def arguments(folder: Path, *options: str) -> list[str]:
     return [
-        sys.executable, "-m", "relaxprop", "reproduce", "demo", "--epochs", "2", "--seeds", "2", "--condition", "b",
+        "reproduce", "demo", "--epochs", "2", "--seeds", "2", "--condition", "b",
         "--runs", str(folder / "runs"), "--out", str(folder / "figure"), *options,
     ]  # fmt: skip
+
+
+def reproduce(folder: Path, *options: str) -> list[str]:
+    """What it says of its progress. In this process: a new one takes seconds to import PyTorch."""
+    done = CliRunner().invoke(app, arguments(folder, *options), env={"COLUMNS": "300"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stderr.splitlines()
+
+
+def started(folder: Path, output: int) -> subprocess.Popen[str]:
+    """The command on two workers, in a process and a group of its own: a terminal's signal goes to the whole group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "relaxprop", *arguments(folder, "--workers", "2")],
+        stdout=output, stderr=output, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def _records(folder: Path) -> dict[str, list[tuple[float, float]]]:
@@ -232,18 +250,14 @@ def _records(folder: Path) -> dict[str, list[tuple[float, float]]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[float, float]]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run(reproduce(folder, "--workers", "1"), check=True, capture_output=True)
+    reproduce(folder, "--workers", "1")
     return _records(folder)
 
 
 def test_ctrl_c_stops_all_workers_and_keeps_what_is_finished(
     tmp_path: Path, uninterrupted: dict[str, list[tuple[float, float]]]
 ) -> None:
-    process = subprocess.Popen(
-        reproduce(tmp_path, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,  # a terminal's signal goes to the whole group
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    process = started(tmp_path, subprocess.PIPE)
     assert process.stderr is not None
     assert "1 of 6 runs done" in process.stderr.readline()
     os.killpg(process.pid, signal.SIGINT)
@@ -255,9 +269,7 @@ def test_ctrl_c_stops_all_workers_and_keeps_what_is_finished(
         while True:
             os.killpg(process.pid, 0)
             time.sleep(0.1)
-    finished = subprocess.run(
-        reproduce(tmp_path, "--workers", "2"), check=True, capture_output=True, text=True
-    ).stderr.splitlines()
+    finished = reproduce(tmp_path, "--workers", "2")
     assert [line.split("; ")[1].split(",")[0] for line in finished[:-1]] == [f"{i} of 6 runs done" for i in range(1, 7)]
     assert _records(tmp_path) == uninterrupted
 
@@ -268,27 +280,21 @@ def test_a_killed_grid_goes_on_to_the_same(
 ) -> None:
     """SIGKILL to the whole group at some time; `make test-crash` does that 50 times."""
     delay = 4.0 * torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
-    process = subprocess.Popen(
-        reproduce(tmp_path, "--workers", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    process = started(tmp_path, subprocess.DEVNULL)
     while not list((tmp_path / "runs").glob("*/config.json")):
         assert process.poll() is None, "the grid ended before it began"
         time.sleep(0.01)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(reproduce(tmp_path, "--workers", "2"), check=True, capture_output=True)
+    reproduce(tmp_path, "--workers", "2")
     assert _records(tmp_path) == uninterrupted
     assert left(tmp_path / "runs") == FILES
 
 
-def test_progress_goes_into_a_file_line_by_line(
-    tmp_path: Path, uninterrupted: dict[str, list[tuple[float, float]]]
-) -> None:
-    told = subprocess.run(reproduce(tmp_path), check=True, capture_output=True, text=True).stderr
-    assert "\x1b" not in told
-    lines = told.splitlines()
+def test_progress_goes_into_a_file_line_by_line(tmp_path: Path) -> None:
+    lines = reproduce(tmp_path)
+    assert not any("\x1b" in line for line in lines)
     assert len(lines) == 7
     assert all("test accuracy" in line and "runs done" in line for line in lines[:-1])
     assert lines[-1].startswith("6 of 6 runs done, after 0:00:")

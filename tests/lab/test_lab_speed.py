@@ -31,10 +31,10 @@ def measure() -> ModuleType:
     return module
 
 
-def test_parts_are_measured_one_by_one(tmp_path: Path) -> None:
+def test_parts_are_measured_one_by_one(measure: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(part: str) -> dict[str, object]:
-        command = [sys.executable, str(MEASURE), "--small", "--only", part, "--folder", str(tmp_path)]
-        subprocess.run(command, check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", [str(MEASURE), "--small", "--only", part, "--folder", str(tmp_path)])
+        measure.main()
         found: dict[str, object] = json.loads((tmp_path / "outcome.json").read_text())
         return found
 
@@ -49,6 +49,7 @@ def test_parts_are_measured_one_by_one(tmp_path: Path) -> None:
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    """By the command itself, in a process of its own."""
     command = [sys.executable, str(MEASURE), "--only", "a,z", "--folder", str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 2

@@ -58,13 +58,18 @@ def runs() -> tuple[list[str], list[FinishedRun]]:
     return [name for name, _ in planned], found
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A figure's."""
-    kept = tmp_path / "figure"
-    kept.mkdir()
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A figure's folder. It takes most of a second to draw."""
+    kept = tmp_path_factory.mktemp("figure")
     records.write_conditions(DEMO, *runs(), data.load("digits"), kept, COMMAND)
     return kept
+
+
+@pytest.fixture
+def folder(drawn: Path, tmp_path: Path) -> Path:
+    """A copy of it, which a test may change."""
+    return Path(shutil.copytree(drawn, tmp_path / "figure"))
 
 
 @pytest.fixture

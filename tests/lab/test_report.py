@@ -296,15 +296,6 @@ def test_what_guessing_reaches_on_digits() -> None:
     assert KNOWN[digits.digest] == (digits.title, float(digits.test.labels.bincount().max()) / len(digits.test))
 
 
-@pytest.mark.real_data
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn"])
-def test_what_guessing_reaches_on_the_kept_data(name: str) -> None:
-    loaded = data.load(name)
-    title, chance = KNOWN[loaded.digest]
-    assert title == loaded.title
-    assert chance == pytest.approx(float(loaded.test.labels.bincount().max()) / len(loaded.test), rel=1e-12)
-
-
 def test_what_the_page_is_made_of_is_in_the_package() -> None:
     folder = resources.files("relaxprop.lab.report") / "templates"
     assert {file.name for file in folder.iterdir()} >= {"report.html", "report.css", "report.js"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,21 +25,22 @@ HEAVY = {
 }  # fmt: skip
 AFTER = """
 import json, runpy, sys
-sys.argv[0] = "relaxprop"
-try:
-    runpy.run_module("relaxprop", run_name="__main__")
-except SystemExit as stop:
-    assert not stop.code, stop.code
-print(json.dumps(sorted(name for name in sys.modules if "." not in name)), file=sys.stderr)
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["relaxprop", *arguments]
+    try:
+        runpy.run_module("relaxprop", run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code
+    print(json.dumps(sorted(name for name in sys.modules if "." not in name)), file=sys.stderr)
 """
 
 
-def imported(*args: str | Path) -> set[str]:
-    """The heavy packages that a command imports in a process of its own."""
-    command = [sys.executable, "-c", AFTER, *map(str, args)]
+def imported(*commands: Sequence[str | Path]) -> list[set[str]]:
+    """The heavy packages that are there after each of the commands, one after the other in a process of their own."""
+    command = [sys.executable, "-c", AFTER, json.dumps([[str(part) for part in each] for each in commands])]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    return HEAVY & set(json.loads(process.stderr.splitlines()[-1]))
+    return [HEAVY & set(json.loads(line)) for line in process.stderr.splitlines() if line.startswith('["')]
 
 
 @pytest.fixture(scope="module")
@@ -55,26 +57,21 @@ def figure(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_tells_of_the_commands_needs_no_package_but_that_of_the_command_line() -> None:
-    assert imported("--help") == set()
-    assert imported("--version") == set()
+def test_what_tells_of_the_commands_needs_no_package_and_what_reads_records_needs_no_pytorch(
+    figure: Path, tmp_path: Path
+) -> None:
+    export = ("export", figure, "--format", "csv", "--out", tmp_path / "runs.csv")
+    *without, exported = imported(("--help",), ("--version",), ("runs", figure), export)
+    assert without == [set(), set(), set()]
+    assert exported <= {"numpy", "pandas", "pyarrow"}  # pyarrow looks by itself for what pandas would make of a list
 
 
-def test_what_reads_records_needs_no_pytorch(figure: Path, tmp_path: Path) -> None:
-    assert imported("runs", figure) == set()
-    # pyarrow looks by itself for what pandas would make of a list.
-    arrow = {"numpy", "pandas", "pyarrow"}
-    assert imported("export", figure, "--format", "csv", "--out", tmp_path / "runs.csv") <= arrow
-
-
-def test_what_compares_draws_and_trains_nothing(figure: Path) -> None:
-    assert imported("compare", "a", "baseline", figure) <= {"torch", "numpy", "scipy"}
-    assert imported("power", figure) <= {"torch", "numpy", "scipy"}
-
-
-def test_a_figure_is_seen_to_draw(figure: Path) -> None:
+def test_what_compares_draws_and_trains_nothing_and_a_figure_is_seen_to_draw(figure: Path) -> None:
     """The look at the modules does see a package that is used."""
-    assert {"matplotlib", "numpy", "torch"} <= imported("table", figure)
+    *compared, drawn = imported(("compare", "a", "baseline", figure), ("power", figure), ("table", figure))
+    assert len(compared) == 2
+    assert all(packages <= {"torch", "numpy", "scipy"} for packages in compared)
+    assert {"matplotlib", "numpy", "torch"} <= drawn
 
 
 def test_the_help_lists_what_the_commands_themselves_say() -> None:

@@ -6,8 +6,9 @@ import errno
 import logging
 import multiprocessing
 import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from relaxprop.lab import checkpoint, store
 from relaxprop.lab.checkpoint import LATEST, PREVIOUS, kept_checkpoint
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
+from relaxprop.lab.engines.processes import prepare
 from relaxprop.lab.files import OutputError, check_writable, write_atomically
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.store import Record, read_run
@@ -270,46 +272,61 @@ def test_a_look_whether_a_folder_can_be_written_leaves_nothing(tmp_path: Path) -
 # ---------------------------------------------------------------------------------------------------------- two at once
 
 
-def _hold(root: Path, seconds: float, began: object) -> None:
+def _hold(root: Path, began: Event, enough: Event) -> None:
     with Record(CONFIG, root).opened():
-        began.set()  # type: ignore[attr-defined]
-        time.sleep(seconds)
+        began.set()
+        enough.wait(60)
+
+
+class Elsewhere(logging.Handler):
+    """Another process that computes the run, until it is said here that it is waited for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        forked = sys.platform == "linux"
+        context = multiprocessing.get_context("forkserver") if forked else multiprocessing.get_context("spawn")
+        began, self.enough = context.Event(), context.Event()
+        self.process = context.Process(target=_hold, args=(root, began, self.enough))
+        self.process.start()
+        assert began.wait(60)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "waiting for it" in record.getMessage():
+            self.enough.set()
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
-    """Another process that computes the run."""
-    spawn = multiprocessing.get_context("spawn")
-    began = spawn.Event()
-    process = spawn.Process(target=_hold, args=(tmp_path, 4.0, began))
-    process.start()
-    assert began.wait(60)
-    yield process
-    process.kill()
-    process.join()
+def elsewhere(tmp_path: Path) -> Iterator[Elsewhere]:
+    prepare()
+    other = Elsewhere(tmp_path)
+    logging.getLogger("relaxprop").addHandler(other)
+    yield other
+    logging.getLogger("relaxprop").removeHandler(other)
+    other.process.kill()
+    other.process.join()
 
 
 def test_a_second_process_waits_and_says_for_whom(
-    elsewhere: multiprocessing.process.BaseProcess,
+    elsewhere: Elsewhere,
     tmp_path: Path,
     kept: tuple[Path, list[EpochMetrics]],
     digits: Dataset,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = train(CONFIG, digits, root=tmp_path)
-    elsewhere.join(10)
-    assert not elsewhere.is_alive()
+    elsewhere.process.join(10)
+    assert not elsewhere.process.is_alive()
     assert learning(found) == learning(kept[1])
-    assert f"run {CONFIG.id} is computed by process {elsewhere.pid} on " in caplog.text
+    assert f"run {CONFIG.id} is computed by process {elsewhere.process.pid} on " in caplog.text
     assert "waiting for it" in caplog.text
     assert not (tmp_path / CONFIG.id / "lock").exists()
 
 
 def test_what_a_killed_process_held_is_free(
-    elsewhere: multiprocessing.process.BaseProcess, tmp_path: Path, digits: Dataset, caplog: pytest.LogCaptureFixture
+    elsewhere: Elsewhere, tmp_path: Path, digits: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
-    elsewhere.kill()
-    elsewhere.join()
+    elsewhere.process.kill()
+    elsewhere.process.join()
     caplog.set_level(logging.WARNING)
     train(CONFIG, digits, root=tmp_path)
     assert not caplog.records

@@ -384,7 +384,9 @@ def test_a_name_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith(f"{name}-mlp-ar-seed0-")
     assert invoke("show", run.name)[0] == 0
-    status, text = invoke("convergence", "--dataset", name, "--data-dir", "a folder", "--num-steps", "2")
+    status, text = invoke(
+        "convergence", "--dataset", name, "--data-dir", "a folder", "--num-steps", "2", "--step-size", "1"
+    )
     assert status == 0
     assert f"figures/convergence-{name}" in text
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler
 
 TOLERANCE = 1e-11  # relative, of norms
-CONVERGED = (ClosedForm(0.5, 300), Euler(0.5, 120), Equilibrium())
+CONVERGED = (ClosedForm(0.5, 300), Euler(0.9, 60), Equilibrium())
 CUTTING = CONVERGED[:2]  # the solvers that cut the graph
 VERTICES = ("activations", "modules", "operations")
 
