@@ -323,11 +323,11 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     source, initial = graph.source(), graph.initial_states()
     if graph.from_zero:  # where only what is held at ∂L/∂x^L is not zero
         initial = {v: initial[v] for v in graph.held()}
-    states: States = {}  # those that are not zero
+    y: States = {}  # those that are not zero
     for k in reversed(range(len(hops.terms))):
         c, d = hops.terms[k]
         active = graph.with_upstream(k)
-        y = graph.transport(states, active) if states else {}
+        y = graph.transport(y, active) if y else {}
         if c:
             for v in active:
                 if v in initial:
@@ -336,8 +336,7 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
             for v, s in source.items():
                 if v.upstream >= k:
                     y[v] = torch.add(y[v], s, alpha=d) if v in y else s * d
-        states = y
-    return {v: states[v] if v in states else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
+    return {v: y[v] if v in y else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from relaxprop import Euler
+from relaxprop import ClosedForm, Euler
 from relaxprop.lab.bench.measuring import peak_bytes
 from relaxprop.solvers import Solver
 from relaxprop.transients import Order
@@ -31,3 +31,8 @@ def peak(solver: Solver) -> float:
 def test_steps_need_one_state_for_each_vertex_and_what_one_product_makes(order: Order, tolerance: float | None) -> None:
     # A product makes what passes the activation, what arrives, and with a tolerance its distance to the state.
     assert DEPTH <= peak(Euler(0.5, 4, order=order, tolerance=tolerance)) < DEPTH + 3.1
+
+
+def test_the_closed_form_lets_go_of_the_states_of_the_stage_before() -> None:
+    # The last product makes all states of those that the others have made, all but the first.
+    assert peak(ClosedForm(0.1, 50)) < 2 * DEPTH - 0.9
