@@ -7,7 +7,8 @@ of the outputs by the stand-ins is then the local Jacobian J, and one call of Py
     source       s_i = the part of ∂L/∂x_i that reaches i through no other vertex
     transport    (A x)_i = Σ_{j∈Chi(i)} J_ji^T x_j                                   the sum in (1) and (7)
     drive        A x + s
-    sweep        x_v = settle(v, (A x)_v + s_v), from the output towards the input
+    advance      x_v = settle(v, (A x)_v + s_v), with the x before the step
+    sweep        the same from the output towards the input, with the x already settled
 
 A cotangent is what the engine is given for a tensor (a state for a vertex, ∂L/∂x^L for an output); a vector-Jacobian
 product is what it makes of them. All are taken at a `Linearisation`: the feedforward pass, or the model run again at
@@ -51,6 +52,9 @@ class Vertex:
         """The state zero."""
         return _at_least_float32(torch.zeros_like(self.stand_in))
 
+
+# Bytes of states for which PyTorch's engine is called once, since a call takes as long as it takes to fill so many.
+SMALL = 1 << 18
 
 States = dict[Vertex, Tensor]
 Gradients = tuple[Tensor | None, ...]
@@ -138,6 +142,7 @@ class Graph:
         self._linearise = linearise
         self._output_cotangents: Sequence[Tensor | None] = [None] * len(self.outputs)
         self._source: States | None = None
+        self._pieces: dict[Vertex, tuple[list[Vertex], list[Vertex]]] | None = None
         self._placed = [True] * len(self.outputs)
         self._place_vertices(self.outputs)
 
@@ -184,6 +189,7 @@ class Graph:
                 longest += 1
             upstream[place] = longest
         self.read = read
+        self._pieces = None
         self._inputs = inputs_of
         self._upstream = upstream  # a place's inputs stand before it
         self.vertices = sorted([place for place in upstream if type(place) is Vertex], key=_upstream)
@@ -221,6 +227,37 @@ class Graph:
     def with_upstream(self, count: int) -> list[Vertex]:
         """The vertices that have at least ``count`` vertices upstream of them."""
         return self.vertices[bisect_left(self._counts, count) :]
+
+    def _fall_apart(self) -> dict[Vertex, tuple[list[Vertex], list[Vertex]]]:
+        """The pieces that the graph falls into where it is cut, so that a product with A is one with each of them.
+
+        By the first vertex that a piece reads, all that it reads, and all that it computes. Small pieces are together.
+        """
+        within: dict[_Place, _Place] = {place: place for place in self._upstream}
+
+        def piece(place: _Place) -> _Place:
+            while within[place] is not place:
+                within[place] = place = within[within[place]]
+            return place
+
+        for place in self._upstream:
+            if type(place) is not Vertex:  # a vertex is read in one piece and computed in another
+                for source in self._inputs[place]:
+                    within[piece(source)] = piece(place)
+        read: dict[_Place, list[Vertex]] = {}
+        computed: dict[_Place, list[Vertex]] = {}
+        for v in self.vertices:
+            read.setdefault(piece(v), []).append(v)
+            computed.setdefault(piece(*self._inputs[v]), []).append(v)
+        pieces: dict[Vertex, tuple[list[Vertex], list[Vertex]]] = {}
+        size = SMALL + 1
+        for place in [place for place in read if place in computed]:
+            size += (own := sum([v.stand_in.nbytes for v in read[place]]))
+            if size > SMALL:
+                size, together = own, pieces.setdefault(read[place][0], ([], []))
+            together[0].extend(read[place])
+            together[1].extend(computed[place])
+        return pieces
 
     def _read_by(self, vertices: Iterable[Vertex]) -> list[Vertex]:
         """The vertices that any of the given ones reads directly."""
@@ -339,6 +376,28 @@ class Graph:
                 arriving[vertex] = arriving[vertex] + x if vertex in arriving else x
             states |= settled
         return states
+
+    def advance(self, states: States, settle: Callable[[Vertex, Tensor], Tensor]) -> States:
+        """``x_v = settle(v, (A x)_v + s_v)`` at every vertex, with the x that are given.
+
+        Where (1) is linear, from the input towards the output: what x_v drives is settled before v is, so that
+        ``settle`` may write into x_v.
+        """
+        if not self.is_linear:
+            return {v: settle(v, drive) for v, drive in self.drive(states).items()}
+        if self._pieces is None:
+            self._pieces = self._fall_apart()
+        pieces, source, arrived = self._pieces, self.source(), States()
+
+        def drive(v: Vertex) -> Tensor:
+            if v in pieces:
+                read, computed = pieces[v]
+                arrived.update(self.transport({w: states[w] for w in computed}, read))
+            if v not in arrived:
+                return source[v] if v in source else v.zeros()
+            return arrived.pop(v) + source[v] if v in source else arrived.pop(v)
+
+        return {v: settle(v, drive(v)) for v in self.vertices}
 
     def cotangents(self, states: States, at: Linearisation, *, driven: bool = True) -> Cotangents:
         """The vertices' states in their activities' type and, where ``driven``, ∂L/∂(outputs)."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache, lru_cache
 from numbers import Real
@@ -218,18 +218,26 @@ class Euler(_Stepped):
             check_tolerance(self.tolerance)
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
-        states = initial = graph.initial_states()
+        states = graph.initial_states()
         num_steps, steps, reached = self.steps(graph.depth), 0, False
-        earliest = math.inf
+        earliest, rounding = math.inf, dict[Vertex, Tensor]()
         if self.tolerance is not None and graph.depth:
             earliest = steps_to_converge(graph.depth, float(self.step_size), self.tolerance, order=self.order)
-        if not graph.is_linear and self.tolerance is None and self.order != "asynchronous":
-            states, steps = self._after(graph, initial, num_steps), num_steps
-        for following, drive in self.trajectory(graph, initial) if not steps else ():
-            previous, states, steps = states, following, steps + 1
-            reached = steps >= earliest and self._within_tolerance(previous, drive, initial)
-            if reached or steps == num_steps:
-                break
+            rounding = {v: torch.finfo(x.dtype).eps * x.norm() for v, x in states.items()}
+        move: Callable[..., Tensor] = torch.lerp
+        if graph.is_linear:
+            states, move = {v: x.clone() for v, x in states.items()}, Tensor.lerp_  # in their own memory
+        elif self.tolerance is None and self.order != "asynchronous":
+            states, steps = self._after(graph, states, num_steps), num_steps
+
+        def look(vertex: Vertex, drive: Tensor) -> None:
+            nonlocal reached
+            reached = reached and self._is_near(states[vertex], drive, rounding[vertex])
+
+        while steps < num_steps and not reached:
+            steps += 1
+            reached = steps >= earliest  # unless a vertex is still too far
+            states = self._step(graph, states, look, move)
         hops = discrete_hops(graph.depth, float(self.step_size), steps, self.order)
         record = _record(graph, states, hops, num_steps=steps, transports=steps)
         return states, record if self.tolerance is None else replace(record, converged=reached)
@@ -254,35 +262,32 @@ class Euler(_Stepped):
 
     def trajectory(self, graph: Graph, states: States) -> Iterator[tuple[States, States]]:
         """The states x_1, x_2, … without end, each with the drive ``A x + s`` that led to it."""
-        step = self._sequential_step if self.order == "sequential" else self._simultaneous_step
         while True:
-            states, drive = step(graph, states)
+            drive: States = {}
+            states = self._step(graph, states, drive.__setitem__, torch.lerp)
             yield states, drive
 
-    def _simultaneous_step(self, graph: Graph, states: States) -> tuple[States, States]:
-        drive = graph.drive(states)
-        updated = graph.vertices
+    def _step(
+        self, graph: Graph, states: States, look: Callable[[Vertex, Tensor], None], move: Callable[..., Tensor]
+    ) -> States:
+        """One step. ``look`` is shown a vertex and its drive before its state moves."""
+        resting = set[Vertex]()
         if self.order == "asynchronous":
-            chosen = (torch.rand(len(updated)) < UPDATE_PROBABILITY).tolist()
-            updated = [v for v, update in zip(updated, chosen, strict=True) if update]
-        return states | {v: torch.lerp(states[v], drive[v], float(self.step_size)) for v in updated}, drive
+            drawn = (torch.rand(len(states)) >= UPDATE_PROBABILITY).tolist()
+            resting = {v for v, rests in zip(graph.vertices, drawn, strict=True) if rests}
 
-    def _sequential_step(self, graph: Graph, states: States) -> tuple[States, States]:
-        drive: States = {}
+        def settle(vertex: Vertex, drive: Tensor) -> Tensor:
+            look(vertex, drive)
+            x = states[vertex]
+            return x if vertex in resting else move(x, drive, float(self.step_size))
 
-        def settle(vertex: Vertex, arriving: Tensor) -> Tensor:
-            drive[vertex] = arriving
-            return torch.lerp(states[vertex], arriving, float(self.step_size))
+        if self.order == "sequential":
+            return graph.sweep(settle, graph.linearise(states))
+        return graph.advance(states, settle)
 
-        return graph.sweep(settle, graph.linearise(states)), drive
-
-    def _within_tolerance(self, states: States, drive: States, initial: States) -> bool:
+    def _is_near(self, x: Tensor, drive: Tensor, rounding: Tensor) -> bool:
         assert self.tolerance is not None
-        for vertex, x in states.items():
-            rounding = torch.finfo(x.dtype).eps * initial[vertex].norm()
-            if (drive[vertex] - x).norm() > torch.maximum(self.tolerance * drive[vertex].norm(), rounding):
-                return False
-        return True
+        return not (drive - x).norm() > torch.maximum(self.tolerance * drive.norm(), rounding)
 
     @property
     def schedule(self) -> str:
@@ -318,11 +323,11 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
     source, initial = graph.source(), graph.initial_states()
     if graph.from_zero:  # where only what is held at ∂L/∂x^L is not zero
         initial = {v: initial[v] for v in graph.held()}
-    states: States = {}  # those that are not zero
+    y: States = {}  # those that are not zero
     for k in reversed(range(len(hops.terms))):
         c, d = hops.terms[k]
         active = graph.with_upstream(k)
-        y = graph.transport(states, active) if states else {}
+        y = graph.transport(y, active) if y else {}
         if c:
             for v in active:
                 if v in initial:
@@ -331,8 +336,7 @@ def _horner(graph: Graph, hops: Hops) -> tuple[States, int]:
             for v, s in source.items():
                 if v.upstream >= k:
                     y[v] = torch.add(y[v], s, alpha=d) if v in y else s * d
-        states = y
-    return {v: states[v] if v in states else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
+    return {v: y[v] if v in y else v.zeros() for v in graph.vertices}, len(hops.terms) - 1
 
 
 @dataclass(frozen=True)

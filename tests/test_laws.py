@@ -1,6 +1,8 @@
 """The laws of the relaxation phase on chains and on graphs with branches, in float64; numbered as in the project's
 mathematics: 1 closed form, 2 step size one, 3 convergence, 4 equilibrium, 5 autograd, 7 batches and zeros."""
 
+import random
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from relaxprop import PAPER, ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler
-from relaxprop.graph import Graph, States, Vertex
+from relaxprop.graph import SMALL, Graph, States, Vertex
 from relaxprop.recording import record
 from relaxprop.solvers import Solver
 from relaxprop.transients import Order, discrete_hops
@@ -261,6 +263,47 @@ def test_7_zero_activity_and_zero_output_gradient_give_zero_gradients(solver: So
                 nn.init.zeros_(parameter)
         found = gradients(ActivationRelaxation(module, solver=solver), (torch.zeros(2, 4),), lambda y: 0 * squares(y))
         assert all(g is not None and not g.any() for g in found.values())
+
+
+class RandomGraph(nn.Module):
+    """Ten vertices that read up to three of those before them, each as it is or through a layer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draws = random.Random(seed)
+        self.reads = [draws.sample(range(i), min(i, draws.randint(1, 3))) for i in range(1, 11)]
+        self.layers = nn.ModuleDict({
+            f"{j} to {i}": nn.Linear(4, 4) if j == 0 or draws.random() < 0.6 else nn.Identity()
+            for i, read in enumerate(self.reads, 1)
+            for j in read
+        })  # fmt: skip
+        self.f = nn.ModuleList([nn.Tanh() for _ in self.reads])
+
+    def forward(self, x: Tensor) -> Tensor:
+        activities = [x]
+        for i, (f, read) in enumerate(zip(self.f, self.reads, strict=True), 1):
+            first, *others = [self.layers[f"{j} to {i}"](activities[j]) for j in read]
+            activities.append(f(sum(others, first)))
+        return activities[-1] + activities[-4]
+
+
+def writing_into(states: States) -> Callable[[Vertex, Tensor], Tensor]:
+    return lambda vertex, drive: states[vertex].copy_(drive)
+
+
+@pytest.mark.parametrize("small", [0, SMALL])
+def test_a_step_may_write_into_the_states_that_it_reads(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relaxprop.graph.SMALL", small)
+    drawn = [
+        driven_graph(RandomGraph(seed).double(), "activations", (torch.randn(2, 4).double(),)) for seed in range(50)
+    ]
+    for graph in (*drawn, *(problem.graph() for problem in PROBLEMS)):
+        states = random_states(graph)
+        expected = graph.drive(states)
+        advanced = graph.advance(states, writing_into(states))
+        assert advanced.keys() == expected.keys()
+        for v, drive in expected.items():
+            assert_same(advanced[v], drive)
 
 
 def test_asynchronous_steps_update_a_random_half_of_the_vertices_completely() -> None:
