@@ -255,6 +255,11 @@ def test_a_program_that_fails_is_no_measurement() -> None:
         startup.run_python("-c", "raise SystemExit(3)")
 
 
+def test_a_program_keeps_what_it_compiles_as_a_users_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    startup.run_python("-c", "import sys; raise SystemExit(sys.dont_write_bytecode)")
+
+
 # ------------------------------------------------------------------------------------------------------ document
 
 

@@ -5,6 +5,7 @@ May import: lab.bench.measuring, lab.bench.records.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -33,13 +34,14 @@ def times(rounds: int, on_round: Callable[[], None] = lambda: None) -> dict[str,
 
 
 def run_python(*arguments: str) -> None:
-    """A Python process, without what it prints.
+    """A Python process, without what it prints. It keeps compiled modules, as a user's does, if this one does not.
 
     Raises:
         subprocess.CalledProcessError: if it fails.
     """
     command = [sys.executable, *arguments]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run(command, check=True, env=usual, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def starts(seconds: Mapping[str, Sequence[float]]) -> list[Start]:
