@@ -369,7 +369,7 @@ def test_the_table_says_seeds_family_chance_margin_and_rule(folder: Path) -> Non
     assert cells["a"][verdict] == f"open: 4 seeds cannot tell, {seeds} would"
     assert cells["d"][verdict] == "holds"
     document = (folder / "table.md").read_text()
-    assert "family of this table's 5 claims (baseline, a, b, c, d)" in document
+    assert "corrected for this table's 5 claims (baseline, a, b, c, d)" in document
     assert f"chance: {100 * chance:.2f} %" in document
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["margin"], summary["confidence"], summary["power"]) == (0.01, 0.95, 0.8)

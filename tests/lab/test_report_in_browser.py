@@ -82,6 +82,8 @@ def look(driver: webdriver.Chrome, width: int, scheme: str = "light") -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme_is]})
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    # The page hears of it when it is drawn the next time.
+    driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 def charts(driver: webdriver.Chrome) -> list[WebElement]:
