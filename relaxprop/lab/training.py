@@ -344,7 +344,7 @@ def limited_threads(number: int) -> Iterator[None]:
 
 def precise(precision: Precision, device: torch.device | str) -> AbstractContextManager[None]:
     """Within it, a GPU's convolutions are taken in float32 where a description says so. By default PyTorch rounds what
-    they multiply to 10 bits (TF32), and so it does no matrix product.
+    they multiply to 10 bits (TF32); matrix products it takes in float32 anyway.
     """
     if precision != "fp32" or torch.device(device).type != "cuda":
         return nullcontext()
@@ -392,6 +392,7 @@ class Training:
         classes = len(self.dataset.classes)
         self.targets = functional.one_hot(labels, classes).to(self.dataset.train.images.dtype) if squared else labels
         self.measure = measured_by(config)
+        self.measure_all = torch.func.vmap(self.measure) if len(self.configs) > 1 else self.measure
         self.step: Step = GraphedStep(self._step, labels.device) if self.graphed else self._step
 
     def called(self, rows: Tensor, measure: LossFunction) -> tuple[dict[str, Any], Callable[[Any], Tensor]]:
@@ -401,7 +402,7 @@ class Training:
     def _step(self, rows: Tensor) -> Tensor:
         """One training step; the loss of each run."""
         several = len(self.configs) > 1
-        more, loss_of = self.called(rows, torch.func.vmap(self.measure) if several else self.measure)
+        more, loss_of = self.called(rows, self.measure_all)
         images = self.dataset.train.images
         inputs = side_by_side(images[rows.T]) if several else images[rows]
         with autocast(self.configs[0].precision, rows.device):
@@ -435,7 +436,7 @@ def train_epoch(training: Training, epoch: int) -> tuple[list[float], list[list[
         model.train()
     mirrors = "mirror" in config.feedback.values()
     total = torch.zeros(len(training.configs), dtype=torch.float64, device=labels.device)
-    count = 0
+    count, per_sample = 0, labels[:1].numel()
     samples: list[list[AlignmentSample]] = [[] for _ in training.configs]
     for i, drawn in enumerate(_drawn(len(labels), training.configs, epoch)):
         if config.alignment_every and i % config.alignment_every == 0:
@@ -448,7 +449,7 @@ def train_epoch(training: Training, epoch: int) -> tuple[list[float], list[list[
         if mirrors:
             mirror_weights(training.network)
         total += training.step(rows)
-        count += rows.numel() * labels[:1].numel()
+        count += rows.numel() * per_sample
     total, number = group.total(total, torch.tensor(count, device=total.device))
     return [len(samples) * summed / int(number) for summed in total.tolist()], samples
 
