@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from relaxprop.lab import stats
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.config import RunConfig
-from relaxprop.lab.experiments import claims, paper, queue
-from relaxprop.lab.experiments.conditions import condition_runs
+from relaxprop.lab.experiments import claims, queue
 from relaxprop.lab.experiments.evidence import CLAIMS, FIGURES, SUPPORTING, Claim, best, judged, sources
 from relaxprop.lab.experiments.plan import plan_of
 from relaxprop.lab.files import OutputError
@@ -79,25 +78,6 @@ def metrics(epochs: int, final: float, seconds: float) -> list[EpochMetrics]:
     ]
 
 
-def summarised(results: Path, folder: str, accuracies: Accuracies, *, epochs: int = 5) -> Path:
-    """A folder of results without records."""
-    seeds = len(accuracies["baseline"])
-    runs = condition_runs(paper.EXPERIMENTS["figure1"], "mnist", seeds=seeds, epochs=epochs, data=MNIST, only=["b"])
-    path = results / folder / "summary.json"
-    path.parent.mkdir(parents=True)
-    kept = {
-        "command": f"relaxprop reproduce figure1 --condition b --seeds {seeds} --epochs {epochs}",
-        "chance": CHANCE,
-        "results": {
-            name: {"test_accuracy_by_seed": list(values), "training_seconds_median": 30.0}
-            for name, values in accuracies.items()
-        },
-        "runs": {config.id: config.model_dump(mode="json") for _, config in runs},
-    }
-    path.write_text(json.dumps(kept))
-    return path
-
-
 def chosen(results: Path, claim: Claim = B) -> str:
     found = best(claim, sources(results))
     return "" if found is None else found[0].place.partition("/")[2]
@@ -131,18 +111,16 @@ def test_the_claims_are_the_papers() -> None:
     assert [claim.name for claim in SUPPORTING] == ["baseline"] * 2 + ["baseline", "random"] * 3
 
 
-def test_the_evidence_is_of_most_seeds_then_epochs_then_with_records(tmp_path: Path) -> None:
+def test_the_evidence_is_of_most_seeds_then_epochs_then_complete(tmp_path: Path) -> None:
     two = {name: values[:2] for name, values in EQUAL.items()}
     assert chosen(tmp_path) == ""
-    summarised(tmp_path, "older", two)
-    assert chosen(tmp_path) == "older"
     kept(tmp_path, "x/unfinished", two, "--epochs 5", planned=9)
     assert chosen(tmp_path) == "x/unfinished"
     kept(tmp_path, "complete", two)
     assert chosen(tmp_path) == "complete"
     kept(tmp_path, "z/longer", two, "--epochs 6", planned=9)
     assert chosen(tmp_path) == "z/longer"
-    summarised(tmp_path, "more", EQUAL, epochs=1)
+    kept(tmp_path, "more", EQUAL, "--epochs 1")
     assert chosen(tmp_path) == "more"
     assert chosen(tmp_path, Claim("figure1", "mnist", "a")) == ""
     assert chosen(tmp_path, Claim("figure3", "fashion_mnist", "b")) == ""
@@ -313,13 +291,14 @@ def test_costs_are_of_runs_in_the_same_place() -> None:
 def test_damaged_results_are_refused_by_their_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"there is no folder .*/nothing: name the folder of kept results"):
         sources(tmp_path / "nothing")
-    path = summarised(tmp_path, "older", EQUAL)
+    path = kept(tmp_path, "older", EQUAL)
     whole = path.read_text()
+    head, _, lines = whole.partition("\n")
     for text, message in (
-        ("{", r"older/summary.json does not say by which command"),
-        (json.dumps({"command": "relaxprop reproduce figure9"}), "made by a command that is not known"),
-        (whole.replace("test_accuracy_by_seed", "accuracy"), r"summary.json is damaged \(KeyError"),
-        (whole.replace("0.87, 0.89, 0.882", "0.87"), r"summary.json is damaged \(ValueError"),
+        ("{", r"older/runs.jsonl does not say by which command"),
+        (json.dumps(json.loads(head) | {"command": "relaxprop reproduce figure9"}), "by a command that is not known"),
+        (whole.replace("test_accuracy", "accuracy"), r"runs.jsonl"),
+        (f"{head}\n{lines[:-9]}", r"runs.jsonl"),
     ):
         path.write_text(text)
         with pytest.raises(OutputError, match=message):
@@ -369,25 +348,6 @@ def test_the_queue_counts_the_kept_runs_and_what_the_others_take(tmp_path: Path)
     assert "18 of 34 runs of the queue are there" in page
     assert "| 12 | 8 | 4 | 4.0 |" in page
     assert "| 6 | 0 | 6 | 4.8 and 2 runs of unknown cost |" in page
-
-
-QUEUE_OF_ONE = """
-[[items]]
-what = "b"
-runs = 3
-commands = ["relaxprop reproduce figure1 --condition b --seeds 1 --epochs 10"]
-"""
-
-
-def test_a_summary_tells_what_runs_take_where_no_record_does(tmp_path: Path) -> None:
-    (tmp_path / "queue.toml").write_text(QUEUE_OF_ONE)
-    summarised(tmp_path, "older", EQUAL)
-    (state,) = queue.states(queue.read_queue(tmp_path / "queue.toml"), sources(tmp_path))
-    assert state.hours == pytest.approx(3 * 10 * 6 / 3600)  # 30 seconds for 5 epochs
-    kept(tmp_path, "figure", EQUAL, "--epochs 5", seconds=12)
-    (state,) = queue.states(queue.read_queue(tmp_path / "queue.toml"), sources(tmp_path))
-    assert state.hours == pytest.approx(3 * 10 * 12 / 3600)
-    assert state.there == 0  # 5 epochs are not 10
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
         _commands(supporting, to_come),
     ]
     for source in found:
-        if source.figure is not None and (beside := beside_table(source.figure.rows)):
+        if beside := beside_table(source.figure.rows):
             title = source.figure.experiment.removeprefix(PAPERS)
             about = f"`{source.place}`, {source.figure.about}, `{shown(source.command)}`"
             parts += [f"## {title}", about, markdown_table(BESIDE, beside)]
@@ -285,7 +285,7 @@ def _notes(lines: Sequence[Line], supporting: Sequence[Line]) -> list[str]:
     return [
         "each claim stands beside the evidence of most seeds, then of most epochs; *records* are runs of which every "
         "epoch is kept, *unfinished* is a part of a command's runs, over the seeds that are finished in both "
-        "conditions, *without records* are older results of which only the final accuracies are kept",
+        "conditions",
         RULES[0],
         RULES[1].replace("… would:", "would decide:"),
         f"Holm's correction is over all {tested} claims of this page that can be tested, and over the {others} that "

@@ -1,6 +1,6 @@
 """The paper's claims, and what the kept results say on each.
 
-May import: lab.config, lab.experiments.gathered, lab.experiments.paper, lab.experiments.plan, lab.files, lab.records,
+May import: lab.experiments.paper, lab.experiments.plan, lab.files, lab.records,
 lab.report.figures, lab.results, lab.stats.
 """
 
@@ -11,10 +11,8 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from relaxprop.lab.config import RunConfig
-from relaxprop.lab.experiments.gathered import KNOWN
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
 from relaxprop.lab.experiments.plan import COMMAND, Plan, plan_of
 from relaxprop.lab.files import OutputError
@@ -26,16 +24,14 @@ from relaxprop.lab.stats import (
     PValues,
     holm,
     is_tested,
-    mean_over_seeds,
     p_values,
     region,
     seeds_to_decide,
     verdict,
 )
 
-SUMMARY = "summary.json"
-Kind = Literal["records", "unfinished", "without records"]
-KINDS: tuple[Kind, ...] = ("without records", "unfinished", "records")  # the better the later
+Kind = Literal["records", "unfinished"]
+KINDS: tuple[Kind, ...] = ("unfinished", "records")  # the better the later
 
 
 class Claim(NamedTuple):
@@ -74,7 +70,7 @@ class Source(NamedTuple):
         title: the data set's.
         chance: accuracy of naming the most frequent class, in [0, 1].
         seconds: of training for one epoch, median by network and condition.
-        figure: its runs, where they were kept.
+        figure: its runs.
     """
 
     place: str
@@ -90,7 +86,7 @@ class Source(NamedTuple):
     epochs: int
     found: tuple[Found, ...]
     seconds: dict[tuple[str, str], float]
-    figure: Figure | None
+    figure: Figure
 
 
 class Found(NamedTuple):
@@ -131,7 +127,7 @@ def sources(results: Path) -> list[Source]:
     """
     if not results.is_dir():
         raise OutputError(f"there is no folder {results}: name the folder of kept results")
-    found = [*_with_records(results), *_without_records(results)]
+    found = list(_sources(results))
     digests: dict[str, Source] = {}
     for source in found:
         other = digests.setdefault(source.dataset, source)
@@ -143,7 +139,7 @@ def sources(results: Path) -> list[Source]:
     return found
 
 
-def _with_records(results: Path) -> Iterator[Source]:
+def _sources(results: Path) -> Iterator[Source]:
     for path in sorted(results.rglob(RECORDS)):
         command = _command(path, path.read_text(encoding="utf-8").partition("\n")[0])
         if command is None:
@@ -173,53 +169,6 @@ def _with_records(results: Path) -> Iterator[Source]:
             seconds={name: statistics.median(values) for name, values in seconds.items()},
             figure=figure,
         )
-
-
-def _without_records(results: Path) -> Iterator[Source]:
-    for path in sorted(results.rglob(SUMMARY)):
-        if (path.parent / RECORDS).exists():
-            continue
-        text = path.read_text(encoding="utf-8")
-        command = _command(path, text)
-        if command is None:
-            continue
-        plan = _plan(path, command)
-        try:
-            yield _of_summary(json.loads(text), path, results, plan, command)
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
-            raise OutputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-
-
-def _of_summary(kept: dict[str, Any], path: Path, results: Path, plan: Plan, command: str) -> Source:
-    config = next(RunConfig.model_validate(c) for c in kept["runs"].values())
-    conditions = plan.experiment.of(config.dataset)
-    finals = {name: result["test_accuracy_by_seed"] for name, result in kept["results"].items()}
-    found = []
-    for name, own in finals.items():
-        if name != REFERENCE:
-            other = finals[conditions[name].versus]
-            difference = mean_over_seeds([a - b for a, b in zip(own, other, strict=True)])
-            found.append(Found(name, difference, statistics.fmean(other)))
-    data = KNOWN.get(config.data or "")
-    return Source(
-        place=_place(path, results),
-        kind="without records",
-        command=command,
-        plan=plan,
-        runs=len(kept["runs"]),
-        planned=None,
-        dataset=config.dataset,
-        data=config.data or "",
-        title=config.dataset if data is None else data.title,
-        chance=float(kept["chance"]),
-        epochs=config.epochs,
-        found=tuple(found),
-        seconds={
-            (config.model, name): result["training_seconds_median"] / config.epochs
-            for name, result in kept["results"].items()
-        },
-        figure=None,
-    )
 
 
 def _command(path: Path, text: str) -> str | None:

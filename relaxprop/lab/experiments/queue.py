@@ -86,7 +86,7 @@ def states(queue: Queue, found: Sequence[Source]) -> list[State]:
     """How far each command is, by the kept records alone."""
     kept: dict[str, int] = {}  # epochs
     for source in found:
-        for run in source.figure.runs if source.figure is not None else ():
+        for run in source.figure.runs:
             key = same_results(run.config)
             kept[key] = max(kept.get(key, 0), run.config.epochs)
     costs = Costs(found)
@@ -117,13 +117,13 @@ class Costs:
     """What runs take, by what kept ones have taken.
 
     Of the same network, data set and condition; else of the condition as written, whatever its network. Of several
-    sources it is that of the most runs, and records go before what is without.
+    sources it is that of the most runs.
     """
 
     def __init__(self, found: Sequence[Source]) -> None:
         self._exact: dict[tuple[str, str, str], float] = {}
         self._near: dict[tuple[str, str], float] = {}
-        for source in sorted(found, key=lambda source: (source.figure is None, -source.runs)):
+        for source in sorted(found, key=lambda source: -source.runs):
             for (model, name), taken in source.seconds.items():
                 self._exact.setdefault((model, source.dataset, name), taken)
                 self._near.setdefault((source.dataset, name), taken)
