@@ -1,8 +1,9 @@
 """The wrapper in the life of a PyTorch user: what works with a plain module works with a wrapped one."""
 
 import copy
+import gc
 import math
-import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -373,9 +374,12 @@ def in_parallel(model: nn.Module, x: Tensor, store: Path) -> Gradients:
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
         backward(squares(parallel(x)))
-        # Gloo's threads are joined by whoever lets go of the group last, which is Python here. Until they have let go
-        # of the gradients, for which they need Python's lock, the two would wait for each other for ever.
-        time.sleep(0.1)
+        # The group goes last. What lets go of it last joins Gloo's threads, which need Python's lock to let go of the
+        # gradients; only the group's own Python object gives the lock free for that, `parallel` would keep it for ever.
+        seen = weakref.ref(parallel)
+        del parallel
+        gc.collect()
+        assert seen() is None
     finally:
         torch.distributed.destroy_process_group()
     return of_parameters(model)

@@ -9,6 +9,7 @@ May import: nothing of this project.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,4 +96,7 @@ def joined(device: torch.device) -> Iterator[Group]:
     try:
         yield this_group()
     finally:
+        # The models go first. What lets go of the group last joins its threads, which need Python's lock to let go of
+        # gradients; only the group's own Python object gives the lock free for that, a model would keep it for ever.
+        gc.collect()
         distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -148,4 +149,5 @@ def work(rank: int, folder: Path) -> None:
             torch.save(case(rank, solver), folder / f"{case.__name__}-{name}-{rank}.pt")
     if SHARDS_ON_CPU:
         torch.save(checkpoint(rank, EQUAL["default"], folder), folder / f"checkpoint-default-{rank}.pt")
+    gc.collect()  # the models, before the group: see relaxprop/lab/distributed.py
     dist.destroy_process_group()
