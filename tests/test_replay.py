@@ -373,6 +373,10 @@ class OfAnotherClass(Between):
 class Scripted(Between):
     def begin(self) -> None:
         self.scripted = torch.jit.script(nn.Sequential(nn.Linear(5, 5), nn.Softsign()).double())
+        # TorchScript compiles after its first calls, and then rounds otherwise.
+        for _ in range(3):
+            h = torch.linspace(-1, 1, 15).view(3, 5).double().requires_grad_()
+            torch.autograd.grad(self.scripted(h).sum(), h)
 
     def between(self, h: Tensor) -> Tensor:
         y: Tensor = self.scripted(h)
