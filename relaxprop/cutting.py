@@ -81,6 +81,7 @@ class Writes:
         repeated: whether a pass was run again at its own activities and found to be the same.
         replays: whether a step can be done by its operations alone (`replay`), with the same outcome as by the model;
             None before that was tried.
+        compiler: what compiles these operations, as the user has asked for (`compiled`); None: nobody has.
         draws: whether a pass that is to be run again has drawn random numbers.
         watched: how the last pass began. One that begins likewise need not be watched for what the model would see
             wrongly of itself (`Sight`): with as many hooks, in the same mode, told the same.
@@ -90,6 +91,7 @@ class Writes:
     into_views: bool = True
     repeated: bool = False
     replays: bool | None = None
+    compiler: Any = None
     draws: bool = False
     watched: object = None
 

@@ -37,7 +37,7 @@ from relaxprop.sight import uncompiled
 Results = Sequence[Tensor | None]
 
 
-class _Place(int):
+class Place(int):
     """Where a tensor that depends on the states stands among those of a program; the states come first."""
 
 
@@ -76,13 +76,13 @@ class Program(NamedTuple):
         held: dict[int, Any] = dict(enumerate(states))
 
         def filled(x: Any) -> Any:
-            return held[x] if type(x) is _Place else x
+            return held[x] if type(x) is Place else x
 
         for function, args, kwargs, nested, gives, many, done in self.operations:
             if nested:
-                result = function(*_mapped(filled, args), **_mapped(filled, kwargs))
+                result = function(*mapped(filled, args), **mapped(filled, kwargs))
             else:
-                result = function(*[held[x] if type(x) is _Place else x for x in args], **kwargs)
+                result = function(*[held[x] if type(x) is Place else x for x in args], **kwargs)
             if many:
                 held.update(zip(gives, result, strict=True))
             else:
@@ -216,7 +216,7 @@ class Operations(OperationMode):
         self.announced, self.depends = False, True
         self._plain = True
         self._kept: list[Any] = [*states]  # so that no memory is used twice
-        self._places = {_memory(x): _Place(i) for i, x in enumerate(states)}
+        self._places = {_memory(x): Place(i) for i, x in enumerate(states)}
         self._count = len(states)
         self._inputs = len(states)
         # The storages of what depends on no state; 0 is that of what has no numbers.
@@ -260,12 +260,12 @@ class Operations(OperationMode):
             self._fix(result)
             return result
         try:
-            own_args, own_kwargs = _mapped(self._placed, (args, kwargs))
+            own_args, own_kwargs = mapped(self._placed, (args, kwargs))
             written = written_by(func, args, kwargs) if _places_in((own_args, own_kwargs)) else []
             if written:
                 for x in written:
                     self._begin_anew(x)
-                own_args, own_kwargs = _mapped(self._placed, (args, kwargs))
+                own_args, own_kwargs = mapped(self._placed, (args, kwargs))
         except _NotPlainError:
             self._plain = False
             return func(*args, **kwargs)
@@ -287,10 +287,10 @@ class Operations(OperationMode):
             return result
         self._writes = self._writes or bool(written)
         self.note_read((own_args, own_kwargs))
-        nested = len(places) > sum(type(x) is _Place for x in own_args)
+        nested = len(places) > sum(type(x) is Place for x in own_args)
         gives = range(self._count, self._count + len(given))
         self._operations.append(_Operation(func, own_args, own_kwargs, nested, gives, many))
-        self._places |= {_memory(x): _Place(i) for i, x in zip(gives, given, strict=True) if x is not None}
+        self._places |= {_memory(x): Place(i) for i, x in zip(gives, given, strict=True) if x is not None}
         self._count += len(given)
         return result
 
@@ -320,7 +320,7 @@ class Operations(OperationMode):
             self._fixed.discard(_storage(x))  # no view of it depends on no state any more
             gives = range(self._count, self._count + 1)
             self._operations.append(_Operation(torch.clone, (x.clone(),), {}, nested=False, gives=gives, many=False))
-            self._places[_memory(x)] = _Place(self._count)
+            self._places[_memory(x)] = Place(self._count)
             self._count += 1
 
     def _needed(self, ends: Sequence[Any]) -> list[_Operation]:
@@ -369,17 +369,17 @@ def _leaves(nested: Any) -> list[Any]:
     return found
 
 
-def _mapped(function: Callable[[Any], Any], nested: Any) -> Any:
+def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
     """The same with what the function makes of each leaf."""
     if type(nested) is dict:
-        return {name: _mapped(function, x) for name, x in nested.items()}
+        return {name: mapped(function, x) for name, x in nested.items()}
     if type(nested) in (tuple, list):
-        return type(nested)([_mapped(function, x) for x in nested])
+        return type(nested)([mapped(function, x) for x in nested])
     return function(nested)
 
 
-def _places_in(nested: Any) -> list[_Place]:
-    return [x for x in _leaves(nested) if type(x) is _Place]
+def _places_in(nested: Any) -> list[Place]:
+    return [x for x in _leaves(nested) if type(x) is Place]
 
 
 def _is_plain(x: Any) -> bool:

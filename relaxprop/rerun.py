@@ -12,7 +12,7 @@ May import: _pytorch, cutting, graph, nested, replay, snapshot, vertices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from operator import is_
@@ -178,16 +178,21 @@ class Rerun:
                     self._step, results = step._replace(program=None), expected
             if left > 1:
                 states = cast(States, dict(zip(states, results, strict=True)))
+        if self.writes.compiler is not None and (self._step is None or self._step.program is None):
+            self.writes.compiler.tell_uncompiled()
         return results
 
     def _replayed(self, step: _Step, program: Program, states: States, times: int) -> Results:
         self.surroundings.check()
         given: list[Any] = [*states.values()]
+        run: Callable[..., Any] = program.__call__
         with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             for _ in range(times):
                 if [(x.dtype, x.stride()) for x in given] != step.layouts:
                     given = [_laid_out_as(v.stand_in, x) for v, x in zip(states, given, strict=True)]
-                given = program(given)
+                if self.writes.compiler is not None and self.writes.replays:
+                    run = self.writes.compiler(program, given)
+                given = run(given)
         self.surroundings.check()
         return given
 

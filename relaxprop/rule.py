@@ -1,7 +1,7 @@
 """What all learning rules have in common: a module that stands in another's place, and whose ``loss.backward()`` is a
 rule. What is refused, warned of and kept on the way there does not depend on the rule.
 
-May import: _pytorch, cutting, graph, kept, nested, probe, transparent, unconverged, update, vertices.
+May import: _pytorch, compiled, cutting, graph, kept, nested, probe, transparent, unconverged, update, vertices.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from relaxprop._pytorch import (
     not_in_a_whole_graph,
     run_uncompiled,
 )
+from relaxprop.compiled import StepCompiler
 from relaxprop.cutting import Writes
 from relaxprop.graph import Graph
 from relaxprop.kept import is_read_beside
@@ -58,6 +59,7 @@ class LearningRule(Transparent):
     _told: bool  # whether a pass of these settings has been looked at, and what is to be told was
     _measured: bool  # likewise a relaxation phase
     _read_beside: bool  # whether a loss has read more of a pass than the result
+    _compiled_by: dict[str, Any] | None = None  # options of torch.compile, for what steps compute
     _probed: set[int]  # the sizes of graphs that allow for products, see `probe`
 
     def __init__(self, module: nn.Module, settings: Any) -> None:
@@ -72,11 +74,43 @@ class LearningRule(Transparent):
             raise TypeError(f"settings must be a {kind.__name__}(…), as wrapper.settings is, got {shown(settings)}")
         find_vertices(self.module, settings.vertices)
         # Past nn.Module's own way to set attributes, which is slow and looks for parameters.
-        vars(self).update(settings=settings, **_of_first_pass())
+        vars(self).update(settings=settings, **self._of_first_pass())
+
+    def _of_first_pass(self) -> dict[str, Any]:
+        """What the first pass of a setting starts from: nothing is known of the model, and nothing was told."""
+        writes = Writes(compiler=None if self._compiled_by is None else StepCompiler(self._compiled_by))
+        return {"_writes": writes, "_told": False, "_measured": False, "_read_beside": False, "_probed": set()}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's first pass is to be looked at as any other's.
-        return super().__getstate__() | _of_first_pass()
+        return super().__getstate__() | self._of_first_pass()
+
+    def compile_steps(self, **options: Any) -> None:
+        """Compile what each step computes of the states, by ``torch.compile``.
+
+        Worth it for convolutions, whose many short operations it fuses. The states are equal to rounding. Compiling
+        takes some seconds in the second pass of a setting, and for every other shape of a minibatch. Where a model is
+        more than calls of PyTorch (`replay`), it runs in every step as before, and a warning says so.
+
+        Args:
+            options: of ``torch.compile``, such as ``mode`` and ``backend``.
+
+        Raises:
+            ValueError: if no step of this rule computes anything of the model at the states: nothing would be compiled.
+        """
+        if not self._steps_run_model:
+            raise ValueError(
+                f"compile_steps: no step of {rule_of(type(self)).__name__} with these settings runs the model, so that "
+                "there is nothing to compile: leave it out, or unfreeze the relaxation's derivative before, as in "
+                "Frozen(relaxation_derivative=False)"
+            )
+        vars(self)["_compiled_by"] = options
+        self._configure(self.settings)
+
+    @property
+    def _steps_run_model(self) -> bool:
+        """Whether steps compute something of the model at the states, so that it can be compiled."""
+        return False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "settings":
@@ -168,11 +202,6 @@ _WARM_UP = (
 def rule_of(kind: type) -> type:
     """The class of a rule that the class of a wrapper was made for."""
     return getattr(kind, "_wrapper", kind)
-
-
-def _of_first_pass() -> dict[str, Any]:
-    """What the first pass of a setting starts from: nothing is known of the model's writes, and nothing was told."""
-    return {"_writes": Writes(), "_told": False, "_measured": False, "_read_beside": False, "_probed": set()}
 
 
 def shown(value: object) -> str:

@@ -266,6 +266,10 @@ class ActivationRelaxation(LearningRule):
         )
         return map_requiring_grad(lambda _: next(outputs), recording.result)
 
+    @property
+    def _steps_run_model(self) -> bool:
+        return not self.settings.frozen.relaxation_derivative
+
     def _refuse_capture(self) -> None:
         super()._refuse_capture()
         settings, solver = self.settings, self.settings.solver

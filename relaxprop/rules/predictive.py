@@ -120,6 +120,10 @@ class EnergyRule(Rule):
         if loss_fn is not None:
             refuse_target_of_its_own(self)
 
+    @property
+    def _steps_run_model(self) -> bool:
+        return True
+
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         if self.loss_fn is None or "target" not in kwargs:
             return self.module(*args, **kwargs)

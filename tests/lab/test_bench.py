@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
+from relaxprop._pytorch import is_undisturbed
 from relaxprop.lab.bench import counting, document, measuring, problems, scaling, startup, suite
 from relaxprop.lab.bench.records import Point, Scaling, Suite
 from relaxprop.lab.bench.scaling import Chain
@@ -239,6 +243,24 @@ def test_what_is_beyond_pytorch_is_found_in_the_same_round() -> None:
     assert found[startup.TORCH].beyond is found[startup.EMPTY].beyond is None
     rows = {row[0]: row[-1] for row in document.start_table(list(found.values())).rows}
     assert rows == {startup.EMPTY: "", startup.TORCH: "", startup.PACKAGE: "yes", startup.HELP: "no"}
+
+
+@pytest.mark.skipif(not is_undisturbed(), reason="this PyTorch does not tell whether it is undisturbed")
+def test_compiled_steps_are_measured_beside_those_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def compiles(graph: fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: own(model, backend=compiles, **options))
+    plan = suite.Plan(rules=("ar",), solvers=("paper", "euler"), batch_size=2, compile_steps=True)
+    ratios = {(ratio.what, ratio.least): ratio.ratio for ratio in suite.run(plan, rounds=2).ratios}
+    both, compiles_nothing = "a forward and an activation-only backward pass", "one that is not compiled"
+    assert len(compiled) == 1
+    assert ratios["the same by torch.compile", both] > 0
+    assert ratios["the same by torch.compile", compiles_nothing] > 0
 
 
 def test_programs_are_started_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -127,6 +127,12 @@ def test_help_and_version() -> None:
         (("bench", "--image-size", "64"), ("--image-size", "no effect without --model resnet-18")),
         (("bench", "--model", "resnet-18", "--image-size", "16"), ("--image-size", "greater than or equal to 32")),
         (("bench", "--model", "resnet-18", "--batch-size", "1"), ("batch size must be at least 2 for resnet-18",)),
+        (
+            ("bench", "--model", "chain-4", "--compile-steps"),
+            ("--compile-steps", "no effect without --model mlp"),
+        ),
+        (("bench", "--solver", "paper", "--compile-steps"), ("--compile-steps", "the solvers paper and euler")),
+        (("bench", "--what", "scaling", "--compile-steps"), ("--compile-steps", "no effect without --what steps")),
         (("bench", "--against", "."), ("--against", "holds neither TorchSeq2PC.py")),
         (("bench", "--against", "nowhere"), ("--against", "nowhere is neither the name Torch2PC nor a folder")),
         (("convergence", "--model", "transformer"), ("'--model'", "cnn-as-coded")),

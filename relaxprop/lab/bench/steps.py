@@ -152,10 +152,15 @@ class Part(NamedTuple):
         return ratio(times, self.step[0], *self.beside, per=self.step[1])
 
 
-def parts(problem: Problem, rules: Sequence[str]) -> tuple[dict[str, Step], list[Part]]:
+def parts(problem: Problem, rules: Sequence[str], *, compile_steps: bool = False) -> tuple[dict[str, Step], list[Part]]:
     """Steps of Euler and conditions of the update, and the passes that are the least which they take.
 
     Their names are those of the other steps where the same is done: of PAPER's and Euler's training step.
+
+    Args:
+        problem: the network, which has vertices.
+        rules: of ``RULES``.
+        compile_steps: whether unfrozen steps are measured by ``torch.compile`` too.
     """
     kept = replace(problem, network=deepcopy(problem.network))  # whose weights are not written over by any update
     network = kept.network
@@ -189,6 +194,11 @@ def parts(problem: Problem, rules: Sequence[str]) -> tuple[dict[str, Step], list
         Part("a step of Euler", "an activation-only backward pass", ("Euler steps", EULER_STEPS), ("backward",)),
         Part("a step of Euler, the derivative unfrozen", both, ("unfrozen Euler steps", EULER_STEPS), (both,)),
     ]
+    if compile_steps:
+        compiled, unfrozen = "compiled Euler steps", "unfrozen Euler steps"
+        steps[compiled] = _euler_steps(kept, Frozen(relaxation_derivative=False), compiled=True)
+        found.append(Part("the same by torch.compile", both, (compiled, EULER_STEPS), (both,)))
+        found.append(Part("the same by torch.compile", "one that is not compiled", (compiled, 1), (unfrozen,)))
     for name in UPDATES:
         step, least = f"condition {name}", f"one of {paper} and a forward pass"
         found.append(Part(f"a training step under {step}", least, (step, 1), (paper, "forward")))
@@ -200,8 +210,10 @@ def parts(problem: Problem, rules: Sequence[str]) -> tuple[dict[str, Step], list
     return steps, found
 
 
-def _euler_steps(problem: Problem, frozen: Frozen) -> Step:
+def _euler_steps(problem: Problem, frozen: Frozen, *, compiled: bool = False) -> Step:
     model = ActivationRelaxation(problem.network, solver=PAPER.replay(), frozen=frozen)
+    if compiled:
+        model.compile_steps()
     for _ in range(2):  # the first pass learns where copies are needed
         recording = model.record([problem.inputs])
     (output,) = recording.graph.outputs

@@ -37,6 +37,7 @@ class Plan:
         image_size: of the ResNet's images.
         against: others' code that trains the same network.
         cuda_graphs: whether each training step is launched as one CUDA graph, which then looks at no value.
+        compile_steps: whether unfrozen steps are measured by ``torch.compile`` too, where the parts of a step are.
     """
 
     model: str = "mlp"
@@ -49,6 +50,7 @@ class Plan:
     image_size: int = IMAGE_SIZES[0]
     against: Sequence[Rival] = ()
     cuda_graphs: bool = False
+    compile_steps: bool = False
 
     @property
     def chosen(self) -> Sequence[str]:
@@ -56,6 +58,12 @@ class Plan:
         if self.rules is not None:
             return self.rules
         return RULES if self.model in PAPERS else (OWN,)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the parts of a step are measured, as what they are compared with is."""
+        of_the_paper = self.model in PAPERS and self.vertices == "activations" and OWN in self.chosen
+        return of_the_paper and not self.cuda_graphs and {PAPERS_SOLVER, "euler"} <= {*self.solvers}
 
     def prepare(self) -> tuple[Problem, dict[str, Step]]:
         """The problem, and its training steps by their names.
@@ -106,11 +114,8 @@ def run(plan: Plan, *, rounds: int = 100, on_round: Callable[[], None] = lambda:
 
 
 def _parts(plan: Plan, problem: Problem) -> tuple[dict[str, Step], list[Part]]:
-    """Those of the paper's networks, where what they are compared with is measured too."""
-    of_the_paper = plan.model in PAPERS and plan.vertices == "activations" and OWN in plan.chosen
-    if plan.cuda_graphs or not of_the_paper or not {PAPERS_SOLVER, "euler"} <= {*plan.solvers}:
-        return {}, []
-    return parts(problem, plan.chosen)
+    """Those of the paper's networks."""
+    return parts(problem, plan.chosen, compile_steps=plan.compile_steps) if plan.has_parts else ({}, [])
 
 
 def _counts(step: Step, device: torch.device | str) -> tuple[int, int, int | None]:

@@ -96,6 +96,13 @@ def bench(
             "(check_finite=False).",
         ),
     ] = False,
+    compile_steps: Annotated[
+        bool,
+        typer.Option(
+            "--compile-steps",
+            help="On the paper's networks: measure a step whose derivative is not frozen by torch.compile too.",
+        ),
+    ] = False,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -120,7 +127,7 @@ def bench(
     chosen = list(dict.fromkeys(what or [What.STEPS]))
     of_steps = {
         "--model": model, "--batch-size": batch_size, "--rule": rule, "--vertices": vertices, "--against": against,
-        "--cuda-graphs": cuda_graphs or None,
+        "--cuda-graphs": cuda_graphs or None, "--compile-steps": compile_steps or None,
     }  # fmt: skip
     if What.STEPS not in chosen:
         _refuse_given(of_steps, "without --what steps")
@@ -157,10 +164,17 @@ def bench(
             image_size=image_size or problems.IMAGE_SIZES[0],
             against=rivals,
             cuda_graphs=cuda_graphs,
+            compile_steps=compile_steps,
         )
         for name, size, where in product(models, dict.fromkeys(batch_size or [64]), devices)
         if What.STEPS in chosen
     ]
+    if compile_steps and not any(plan.has_parts for plan in planned):
+        raise typer.BadParameter(
+            f"it has no effect without --model {' or '.join(problems.PAPERS)}, the solvers paper and euler, and "
+            "activations as vertices, without --cuda-graphs",
+            param_hint="--compile-steps",
+        )
     for plan in planned:
         with usage_errors(f"--model {plan.model}"):
             plan.prepare()  # so that what cannot be trained is refused before anything is measured
