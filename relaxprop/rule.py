@@ -88,9 +88,11 @@ class LearningRule(Transparent):
     def compile_steps(self, **options: Any) -> None:
         """Compile what each step computes of the states, by ``torch.compile``.
 
-        Worth it for convolutions, whose many short operations it fuses. The states are equal to rounding. Compiling
-        takes some seconds in the second pass of a setting, and for every other shape of a minibatch. Where a model is
-        more than calls of PyTorch (`replay`), it runs in every step as before, and a warning says so.
+        The compiler fuses operations on single elements, and its own loops take the place of PyTorch's kernels: that
+        is slower on the paper's networks, and can be faster where a step has many such operations. Measure it. The
+        states are equal to rounding. Compiling takes some seconds in the second pass of a setting, and for every other
+        shape of a minibatch. Where a model is more than calls of PyTorch (`replay`), it runs in every step as before,
+        and a warning says so.
 
         Args:
             options: of ``torch.compile``, such as ``mode`` and ``backend``.

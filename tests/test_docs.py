@@ -182,6 +182,16 @@ def test_the_costs_in_the_text_are_those_of_the_kept_benchmarks() -> None:
     assert f"`DirectFeedback` {cnn['DirectFeedback()'].time_ratio:.2f}×" in text
 
 
+def test_what_is_said_of_compiled_steps_is_in_the_kept_benchmark() -> None:
+    (mlp, cnn) = (
+        {(ratio.what, ratio.least): f"{ratio.ratio:.2f} times" for ratio in benchmark.ratios}
+        for benchmark in document.read(RESULTS / "bench" / "compiled-steps" / document.FILE).benchmarks
+    )
+    key = "the same by torch.compile", "one that is not compiled"
+    assert f"the step takes {mlp[key]} as long on the MLP and {cnn[key]} on the CNN" in TEXT["results/costs"]
+    assert f"{mlp[key]} on the MLP and {cnn[key]} on the CNN" in TEXT["guides/compile"]
+
+
 def test_the_costs_of_others_code_are_those_of_the_kept_benchmark() -> None:
     (benchmark,) = document.read(RESULTS / "bench" / "against-mlp" / document.FILE).benchmarks
     ratios = {cost.rule: f"{cost.time_ratio:.1f}×" for cost in benchmark.costs}
