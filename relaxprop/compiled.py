@@ -33,7 +33,6 @@ class StepCompiler:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self._compiled: dict[Hashable, Callable[..., Any] | None] = {}
-        self._last: tuple[Program, Compiled] | None = None
         self._told = False
 
     def __call__(self, program: Program, states: Sequence[Tensor]) -> Compiled:
@@ -46,20 +45,6 @@ class StepCompiler:
         Raises:
             RuntimeError: if the compiler fails.
         """
-        if self._last is None or self._last[0] is not program:
-            self._last = program, self._of(program, states)
-        return self._last[1]
-
-    def tell_uncompiled(self) -> None:
-        """Warns the user, once, that the steps run the model, as they are more than operations."""
-        if not self._told:
-            self._told = True
-            warn_user(
-                "compile_steps: nothing is compiled, as the model runs in every step: it is more than calls of "
-                "PyTorch, it draws random numbers, hooks look at its modules, or its vertices are operations"
-            )
-
-    def _of(self, program: Program, states: Sequence[Tensor]) -> Compiled:
         written = _Written(program, len(states))
         form = written.form, tuple(_layout(x) for x in (*states, *written.tensors))
         if form not in self._compiled:
@@ -75,6 +60,15 @@ class StepCompiler:
         if compiled is None:
             return program.__call__
         return lambda given: list(compiled(*given, *written.tensors))
+
+    def tell_uncompiled(self) -> None:
+        """Warns the user, once, that the steps run the model, as they are more than operations."""
+        if not self._told:
+            self._told = True
+            warn_user(
+                "compile_steps: nothing is compiled, as the model runs in every step: it is more than calls of "
+                "PyTorch, it draws random numbers, hooks look at its modules, or its vertices are operations"
+            )
 
     def _compile(self, program: Program, written: _Written, states: Sequence[Tensor]) -> Callable[..., Any] | None:
         compiled: Callable[..., Any] = torch.compile(written.graph(), fullgraph=True, dynamic=False, **self.options)

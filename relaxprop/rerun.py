@@ -92,6 +92,7 @@ class Rerun:
         self.stored = Linearisation({}, ())
         self.unchanged: Mapping[nn.Module, Sequence[HandedOn]] = {}
         self._step: _Step | None = None
+        self._compiled: tuple[Program, Callable[..., Any]] | None = None
 
     @contextmanager
     def watching(self, run: Run) -> Iterator[None]:
@@ -191,10 +192,15 @@ class Rerun:
                 if [(x.dtype, x.stride()) for x in given] != step.layouts:
                     given = [_laid_out_as(v.stand_in, x) for v, x in zip(states, given, strict=True)]
                 if self.writes.compiler is not None and self.writes.replays:
-                    run = self.writes.compiler(program, given)
+                    run = self._compiled_of(program, given)
                 given = run(given)
         self.surroundings.check()
         return given
+
+    def _compiled_of(self, program: Program, states: Sequence[Tensor]) -> Callable[..., Any]:
+        if self._compiled is None or self._compiled[0] is not program:
+            self._compiled = program, self.writes.compiler(program, states)
+        return self._compiled[1]
 
     def _first(self, states: States, function: Function, key: object, beside: Sequence[Tensor | None]) -> Results:
         """The same by the model, what it takes written down where it can be."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -112,6 +114,30 @@ def test_a_copy_compiles_too_and_other_settings_compile_anew() -> None:
     for _ in range(2):
         backward(squares(model(samples())))
     assert len(backend.graphs) == 3
+
+
+def test_nothing_of_a_pass_is_kept() -> None:
+    class Gated(nn.Module):
+        """Whose steps read the input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = network(), nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.second(self.first(x)) * x
+            return output
+
+    model = relaxed(Gated())
+    model.compile_steps(backend=Counting())
+    kept = []
+    for _ in range(3):
+        x = samples().clone()
+        kept.append(weakref.ref(x))
+        backward(squares(model(x)))
+    del x
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None, None]
 
 
 def test_what_takes_ever_other_forms_runs_uncompiled() -> None:
