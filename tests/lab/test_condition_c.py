@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,19 +11,14 @@ from relaxprop import ActivationRelaxation, Euler
 from relaxprop.lab.training import squared_error
 from tests.compare import backward
 from tests.problems import C, mlp
+from tests.scripts import RESULTS, load
 
-SCRIPT = Path(__file__).parents[2] / "results" / "condition-c" / "by_hand.py"
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="it is about the repository")
+pytestmark = pytest.mark.skipif(not RESULTS.is_dir(), reason="it is about the repository")
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("by_hand", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("condition-c/by_hand.py")
 
 
 @pytest.mark.parametrize("what", ["update", "gradient"])

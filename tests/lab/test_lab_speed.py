@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
-MEASURE = ROOT / "results" / "lab-speed" / "measure.py"
+from tests.scripts import RESULTS, load
+
+MEASURE = RESULTS / "lab-speed" / "measure.py"
 pytestmark = pytest.mark.skipif(
     not MEASURE.exists(), reason="the kept results are in the repository, and not in a source distribution"
 )
@@ -22,13 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def measure() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure", MEASURE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure"] = module  # where its records look for their types
-    spec.loader.exec_module(module)
-    return module
+    return load("lab-speed/measure.py")
 
 
 def test_parts_are_measured_one_by_one(measure: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,19 +11,14 @@ from torch import nn
 from relaxprop import relaxation, solvers, wrapper
 from relaxprop.graph import Graph
 from relaxprop.update import Update
+from tests.scripts import RESULTS, load
 
-SCRIPT = Path(__file__).parents[2] / "results" / "step-profile" / "measure.py"
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="it is about the repository")
+pytestmark = pytest.mark.skipif(not RESULTS.is_dir(), reason="it is about the repository")
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step_profile", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("step-profile/measure.py")
 
 
 def test_a_part_has_its_own_time_only(script: ModuleType) -> None:
