@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,17 @@ def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_pat
         low, high = row.difference.interval
         shown = f"{100 * row.difference.mean:.2f} ({100 * low:.2f} to {100 * high:.2f})"
         assert line == f"| {row.title} | {shown} | {', '.join(row.not_local)} | {row.cost:.1f}× |"
+    # A rule that was trained on the first network alone has its row, without the last network's cost.
+    shutil.copytree(tmp_path / "mlp", tmp_path / "cnn")
+    head, *runs = (tmp_path / "cnn" / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    left = [run for run in runs if json.loads(run)["condition"] != "dfa"]
+    head = json.dumps(json.loads(head) | {"runs": len(left)})
+    (tmp_path / "cnn" / "runs.jsonl").write_text("\n".join([head, *left, ""]), encoding="utf-8")
+    lines = rules.write_together(tmp_path).read_text(encoding="utf-8").splitlines()
+    dfa = found.rows[-1]
+    assert lines[-1].startswith(f"| {dfa.title} | ")
+    assert lines[-1].endswith(") |  | error broadcast |  |")
+    assert lines[-2].endswith(f" | memory of x̄ | {found.rows[1].cost:.1f}× |")
 
 
 def made(folder: Path) -> Path:

@@ -365,19 +365,22 @@ def _interval(difference: Mean | None) -> str:
 
 
 def write_together(folder: Path) -> Path:
-    """Makes one table of the networks whose results are in the folder, from their records; gives the file."""
+    """Makes one table of the networks whose results are in the folder, from their records; gives the file.
+
+    The cost is that on the last of them.
+    """
     networks = [read_rivals(network) for network in networks_in(folder)]
     by_name = [{row.name: row for row in network.rows} for network in networks]
-    last = by_name[-1]
+    every = {name: row for rows in by_name for name, row in rows.items()}
     columns = ("rule", *(network.about.split(", ")[1] for network in networks), "not local", "cost")
     cells = [
         (
             row.title,
             *(_with_interval(rows[row.name]) if row.name in rows else "" for rows in by_name),
             ", ".join(row.not_local),
-            f"{row.cost:.1f}×",
+            f"{row.cost:.1f}×" if name in by_name[-1] else "",
         )
-        for row in last.values()
+        for name, row in every.items()
     ]
     write_atomically(folder / "table.md", markdown_table(columns, cells))
     return folder / "table.md"
