@@ -217,6 +217,13 @@ def test_what_is_said_of_condition_c_is_in_the_kept_runs() -> None:
     assert len(falling) == 3
     worst = min(falling, key=lambda curve: curve[-1])
     assert f"the worst from {max(worst):.1f} to {worst[-1]:.1f} %" in TEXT["results/perceptrons"]
+    by_hand = kept("condition-c/outcome.json")
+    assert curves[by_hand["seed"]] == worst
+    accuracies = [100 * epoch["accuracy"] for epoch in by_hand["epochs"]]
+    assert accuracies[:8] == pytest.approx(worst[:8], abs=0.05)
+    assert f"the seed falls here too, to {accuracies[-1]:.1f} %" in TEXT["results/perceptrons"]
+    last = by_hand["epochs"][-1]
+    assert last["saturation"][1] > 0.9 > 0.5 > last["cosine"][1]
 
 
 @pytest.mark.parametrize("figure", ["figure1", "figure3"])
