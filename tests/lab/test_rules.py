@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from relaxprop import DirectFeedback, EquilibriumPropagation, PredictiveCoding
+from relaxprop.finite import DivergedError
 from relaxprop.lab import data, models
 from relaxprop.lab.cli.main import app
 from relaxprop.lab.config import RunConfig
@@ -278,6 +279,14 @@ def test_costs_are_measured_in_turn_and_change_no_weights(digits: Dataset) -> No
     assert found["backprop"] == 1
     assert found["pc"] > 3  # twenty runs of the model
     assert torch.get_num_threads() == threads
+
+
+def test_what_runs_away_has_a_cost_too(digits: Dataset) -> None:
+    """Its runs are recorded as diverged, so the table must not fail on them in the end."""
+    config = RunConfig(rule="pc", rule_options={"step_size": 1.9, "num_steps": 20})
+    with pytest.raises(DivergedError):
+        train(config, digits, check_finite=True)
+    assert rules.costs({"backprop": RunConfig(rule="backprop"), "pc": config}, digits)["pc"] > 3
 
 
 def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_path: Path) -> None:
