@@ -286,7 +286,7 @@ def read_rivals(folder: Path) -> Rivals:
     ]
     config = runs[0].config
     n, epochs = len(reference), config.epochs
-    about = f"{head.dataset}, {config.model.upper()}, {epochs} epochs, n = {n} seed{'s' * (n > 1)}"
+    about = f"{head.dataset}, {config.model.upper()}, {epochs} epoch{'s' * (epochs > 1)}, n = {n} seed{'s' * (n > 1)}"
     edges = [row.name for row in rows if row.rate in (min(GRID), max(GRID))]
     notes = [
         f"learning rate: of {', '.join(f'{rate:g}' for rate in GRID)}, the one with the highest accuracy on a fifth of "
