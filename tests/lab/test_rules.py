@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,14 +201,21 @@ def test_pixels_are_repeated() -> None:
 
 
 def test_learning_rates_are_chosen_by_the_held_out_images() -> None:
+    """A run that has diverged guesses, at times better than one that learns nothing; a smaller rate may learn."""
     names, runs = [], []
-    for name, accuracies in {"dfa": (0.1, 0.7, 0.9, 0.9, 0.2), "ar": (0.8, 0.3, 0.2, 0.1, 0.1)}.items():
-        for rate, accuracy in zip(GRID[2:7], accuracies, strict=True):
+    accuracies = {
+        "dfa": ((0.1, 1), (0.7, 1), (0.9, 1), (0.9, 1), (0.2, math.nan)),
+        "ar": ((0.8, 1), (0.3, 1), (0.2, 1), (0.1, 1), (0.1, 1)),
+        "drtp": ((0.095, 903), (0.096, 904), (0.1005, math.nan), (0.1005, math.inf), (0.1005, math.nan)),
+        "ep": ((0.1, math.nan), (0.1, math.nan), (0.2, math.nan), (0.1, math.nan), (0.1, math.nan)),
+    }
+    for name, found in accuracies.items():
+        for rate, (accuracy, loss) in zip(GRID[2:7], found, strict=True):
             config = RunConfig(learning_rate=rate, validation=10)
-            metrics = EpochMetrics(epoch=1, train_loss=float("nan"), test_accuracy=accuracy, seconds=1)
+            metrics = EpochMetrics(epoch=1, train_loss=loss, test_accuracy=accuracy, seconds=1)
             names.append(name)
             runs.append(FinishedRun(config, [metrics], {}))
-    assert rules.chosen_rates(names, runs) == {"dfa": GRID[4], "ar": GRID[2]}
+    assert rules.chosen_rates(names, runs) == {"dfa": GRID[4], "ar": GRID[2], "drtp": GRID[3], "ep": GRID[2]}
 
 
 def test_the_search_goes_on_until_the_best_rate_lies_between_two_others() -> None:

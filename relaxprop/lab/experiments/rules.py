@@ -118,12 +118,17 @@ def further_rates(tried: Mapping[str, Sequence[float]], best: Mapping[str, float
 
 
 def chosen_rates(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, float]:
-    """By condition, the learning rate with the highest accuracy on the held-out images; of equal ones, the smallest."""
-    best: dict[str, tuple[float, float]] = {}
+    """By condition, the learning rate with the highest accuracy on the held-out images; of equal ones, the smallest.
+
+    A run that has diverged may still guess well by chance: it comes after all that have not, whatever its accuracy.
+    """
+    best: dict[str, tuple[bool, float, float]] = {}
     for name, run in zip(names, runs, strict=True):
-        found = run.metrics[-1].test_accuracy, -run.config.learning_rate
+        last, rate = run.metrics[-1], run.config.learning_rate
+        converges = math.isfinite(last.train_loss)
+        found = converges, last.test_accuracy if converges else 0.0, -rate
         best[name] = max(best.get(name, found), found)
-    return {name: -rate for name, (_, rate) in best.items()}
+    return {name: -rate for name, (*_, rate) in best.items()}
 
 
 def compared_runs(
