@@ -27,11 +27,12 @@ class StepCompiler:
     """Compiles the programs of one setting.
 
     Args:
-        options: of ``torch.compile``.
+        options: of ``torch.compile``, which refuses those that it does not know.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+        self.options = {"fullgraph": True, "dynamic": False} | options
+        torch.compile(nn.Identity(), **self.options)  # refuses here, and not in a backward pass
         self._compiled: dict[Hashable, Callable[..., Any] | None] = {}
         self._told = False
 
@@ -71,10 +72,10 @@ class StepCompiler:
             )
 
     def _compile(self, program: Program, written: _Written, states: Sequence[Tensor]) -> Callable[..., Any] | None:
-        compiled: Callable[..., Any] = torch.compile(written.graph(), fullgraph=True, dynamic=False, **self.options)
+        compiled: Callable[..., Any] = torch.compile(written.graph(), **self.options)
         try:
             found = compiled(*states, *written.tensors)
-        except Exception as error:
+        except Exception as error:  # each backend has errors of its own
             raise RuntimeError(
                 f"compile_steps: torch.compile fails on the operations of a step ({type(error).__name__}): see the "
                 "error above; without a C++ compiler, leave compile_steps() out, or pass it backend='aot_eager'"

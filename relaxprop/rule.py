@@ -90,7 +90,7 @@ class LearningRule(Transparent):
 
         The compiler fuses operations on single elements, and its own loops take the place of PyTorch's kernels: that
         is slower on the paper's networks, and can be faster where a step has many such operations. Measure it. The
-        states are equal to rounding. Compiling takes some seconds in the second pass of a setting, and for every other
+        states are equal to rounding. Compiling takes some seconds in the first pass of a setting, and for every other
         shape of a minibatch. Where a model is more than calls of PyTorch (`replay`), it runs in every step as before,
         and a warning says so.
 
@@ -99,6 +99,7 @@ class LearningRule(Transparent):
 
         Raises:
             ValueError: if no step of this rule computes anything of the model at the states: nothing would be compiled.
+            TypeError, RuntimeError: if ``torch.compile`` does not know an option, or the backend.
         """
         if not self._steps_run_model:
             raise ValueError(
@@ -106,6 +107,7 @@ class LearningRule(Transparent):
                 "there is nothing to compile: leave it out, or unfreeze the relaxation's derivative before, as in "
                 "Frozen(relaxation_derivative=False)"
             )
+        StepCompiler(options)  # refuses what cannot be, before anything is changed
         vars(self)["_compiled_by"] = options
         self._configure(self.settings)
 

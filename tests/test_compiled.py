@@ -171,6 +171,15 @@ def test_a_backend_that_fails_is_named() -> None:
     assert "no compiler is found" in str(caught.value.__cause__)
 
 
+@pytest.mark.parametrize(("options", "message"), [({"nonsense": 1}, "nonsense"), ({"backend": "none"}, "'none'")])
+def test_options_that_are_not_known_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    model = relaxed(network())
+    with pytest.raises((TypeError, RuntimeError), match=message):
+        model.compile_steps(**options)
+    model.solver = Euler(0.2, 4)
+    backward(squares(model(samples())))
+
+
 @pytest.mark.parametrize("change", [looked_at, lambda m: nn.Sequential(m, nn.Dropout(0.5))], ids=["hook", "dropout"])
 def test_where_the_model_runs_in_every_step_that_is_told(change: Callable[[nn.Module], nn.Module]) -> None:
     model, plain, backend = relaxed(change(network())), relaxed(change(network())), Counting()

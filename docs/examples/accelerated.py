@@ -27,5 +27,6 @@ for _ in range(20):
 total = sum(p.sum().item() for p in network.parameters())
 rank, size = accelerator.process_index, accelerator.num_processes
 print(f"process {rank} of {size}: {total:.6f}", flush=True)
+# The model goes before its group: Gloo may otherwise wait for it for ever.
 model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
 accelerator.end_training()

@@ -227,7 +227,7 @@ def _cells(line: Line, *, with_place: bool = False) -> tuple[str, ...]:
     would = ""
     if line.verdict.startswith("open") and line.holm is not None:
         would = f"{line.seeds:,} seeds" if line.seeds else f"not even {MOST_SEEDS:,} seeds"
-    missing = f", {source.runs} of {source.planned} runs" if source.planned is not None else ""
+    kind = "records" if source.planned is None else f"unfinished, {source.runs} of {source.planned} runs"
     return (
         claim,
         str(on.difference.n),
@@ -235,7 +235,7 @@ def _cells(line: Line, *, with_place: bool = False) -> tuple[str, ...]:
         *_difference(line),
         _verdict(line),
         would,
-        f"{source.kind}{missing}: `{source.place}`",
+        f"{kind}: `{source.place}`",
     )
 
 

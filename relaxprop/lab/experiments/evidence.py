@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
 from relaxprop.lab.experiments.plan import COMMAND, Plan, plan_of
@@ -29,9 +29,6 @@ from relaxprop.lab.stats import (
     seeds_to_decide,
     verdict,
 )
-
-Kind = Literal["records", "unfinished"]
-KINDS: tuple[Kind, ...] = ("unfinished", "records")  # the better the later
 
 
 class Claim(NamedTuple):
@@ -74,7 +71,6 @@ class Source(NamedTuple):
     """
 
     place: str
-    kind: Kind
     command: str
     plan: Plan
     runs: int
@@ -151,7 +147,6 @@ def _sources(results: Path) -> Iterator[Source]:
             seconds.setdefault((run.config.model, name), []).extend(metrics.seconds for metrics in run.metrics)
         yield Source(
             place=_place(path, results),
-            kind="records" if figure.planned is None else "unfinished",
             command=command,
             plan=_plan(path, command),
             runs=len(figure.runs),
@@ -206,7 +201,7 @@ def best(claim: Claim, found: Sequence[Source]) -> tuple[Source, Found] | None:
     ]
     if not candidates:
         return None
-    return max(candidates, key=lambda pair: (pair[1].difference.n, pair[0].epochs, KINDS.index(pair[0].kind)))
+    return max(candidates, key=lambda pair: (pair[1].difference.n, pair[0].epochs, pair[0].planned is None))
 
 
 def is_as_written(plan: Plan) -> bool:
