@@ -37,7 +37,7 @@ from relaxprop.lab.store import Record, read_lines
 from relaxprop.lab.training import epochs_at_once, train
 from relaxprop.vertices import does_as_its_class_says
 from tests.lab.problem import few_digits, invoke, learning
-from tests.test_devices import every_device
+from tests.test_devices import every_device, no_gpu
 
 SEEDS = 3
 A: dict[str, Any] = {"frozen": {"relaxation_derivative": False}, "solver_options": {"num_steps": 6}}
@@ -405,6 +405,32 @@ def test_steps_are_a_cuda_graph_on_a_gpu(
         assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
     assert not caplog.records
     assert [step.is_captured for step in steps] == ([] if device == "cpu" else [True])
+
+
+@no_gpu
+def test_where_a_capture_fails_the_steps_are_launched_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step that reads a value cannot be a graph. It trains as on the processor, and a warning tells why, once."""
+    step = training.Training._step
+
+    def reads(self: training.Training, rows: Tensor) -> Tensor:
+        loss = step(self, rows)
+        assert float(torch.as_tensor(loss).sum()) > 0
+        return loss
+
+    configs, dataset = seeds(2, epochs=2), pictures("mlp", torch.float32)
+    expected = at_once(configs, dataset)
+    monkeypatch.setattr(training.Training, "_step", reads)
+    found = [metrics for _, metrics, _ in epochs_at_once(configs, dataset, device="cuda")]
+    assert [one.train_loss for one in found] == pytest.approx(
+        [one.train_loss for epoch in zip(*expected, strict=True) for one in epoch], rel=1e-4
+    )
+    assert ["cannot be a CUDA graph" in record.getMessage() for record in caplog.records] == [True]
+    monkeypatch.setattr(training.Training, "_step", step)
+    again = [metrics for _, metrics, _ in epochs_at_once(configs, dataset, device="cuda")]  # nothing is left behind
+    assert [one.train_loss for one in again] == pytest.approx([one.train_loss for one in found], rel=1e-6)
+    assert len(caplog.records) == 1
 
 
 def test_a_layer_without_a_batched_form_is_refused_by_name() -> None:
