@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -206,41 +207,58 @@ def test_the_costs_of_others_code_are_those_of_the_kept_benchmark() -> None:
 
 
 def test_what_is_said_of_condition_c_is_in_the_kept_runs() -> None:
-    runs = read_lines(RESULTS / "figure1-a-c" / "runs.jsonl")
+    runs = read_lines(RESULTS / "figure1" / "runs.jsonl")
     curves = [
         [100 * epoch.test_accuracy for epoch in run.metrics]
         for condition, run in zip(runs.conditions, runs.runs, strict=True)
         if condition == "c"
     ]
-    falling = [curve for curve in curves if curve[-1] < curve[7] - 0.1 and max(curve[7:]) - curve[-1] > 0.4]
-    assert len(curves) == 10
-    assert len(falling) == 3
-    worst = min(falling, key=lambda curve: curve[-1])
-    assert f"the worst from {max(worst):.1f} to {worst[-1]:.1f} %" in TEXT["results/perceptrons"]
+    ends = sorted(curve[-1] for curve in curves)
+    assert len(ends) == 10
+    assert f"They end between {ends[0]:.0f} and {ends[4]:.0f} %" in TEXT["results/perceptrons"]
+    assert f"the others between {math.floor(ends[5])} and {ends[9]:.0f} %" in TEXT["results/perceptrons"]
+    begins = [next((i for i in range(8, 30) if max(curve[:i]) - curve[i] > 0.4), 30) for curve in curves]
+    assert min(begins) == 8  # the ninth
     by_hand = kept("condition-c/outcome.json")
-    assert curves[by_hand["seed"]] == worst
+    first = curves[by_hand["seed"]]
+    assert first[9] == min(curve[9] for curve in curves)
     accuracies = [100 * epoch["accuracy"] for epoch in by_hand["epochs"]]
-    assert accuracies[:8] == pytest.approx(worst[:8], abs=0.05)
-    assert f"the seed falls here too, to {accuracies[-1]:.1f} %" in TEXT["results/perceptrons"]
+    assert accuracies[:8] == pytest.approx(first[:8], abs=0.05)
+    assert (
+        f"in two epochs from {accuracies[7]:.1f} to {accuracies[9]:.1f} %, and the kept run to {first[9]:.1f} %"
+        in TEXT["results/perceptrons"]
+    )
     last = by_hand["epochs"][-1]
     assert last["saturation"][1] > 0.9 > 0.5 > last["cosine"][1]
 
 
-@pytest.mark.parametrize("figure", ["figure1", "figure3"])
-def test_a_gpu_and_a_processor_reach_the_same_accuracies(figure: str) -> None:
+BOTH_PLACES = [("figure1", "figure1-b-d", 40), ("figure3-a-c", "figure3-b-d", 20)]
+
+
+@pytest.mark.parametrize(("here", "there", "runs"), BOTH_PLACES)
+def test_a_gpu_and_a_processor_reach_the_same_accuracies(here: str, there: str, runs: int) -> None:
     """All seeds as one network whose steps are CUDA graphs, and each seed by itself on a processor."""
     on_gpu, on_cpu = (
-        {run.config.id: run for run in read_lines(RESULTS / f"{figure}-{name}" / "runs.jsonl").runs}
-        for name in ("a-c", "b-d")
+        {run.config.id: run for run in read_lines(RESULTS / name / "runs.jsonl").runs} for name in (here, there)
     )
     both = on_gpu.keys() & on_cpu.keys()
-    assert len(both) == 20
+    assert len(both) == runs
     for run in both:
         assert on_gpu[run].environment["gpu"] is not None
         assert on_cpu[run].environment["gpu"] is None
         for one, other in zip(on_gpu[run].metrics, on_cpu[run].metrics, strict=False):
             assert one.test_accuracy == other.test_accuracy
-            assert one.train_loss == pytest.approx(other.train_loss, rel=7e-8)
+            is_early = one.epoch <= 10 and on_gpu[run].config.frozen.update_derivative
+            assert one.train_loss == pytest.approx(other.train_loss, rel=7e-8 if is_early else 7e-6)
+
+
+def test_how_long_figure_1_takes_on_a_gpu_is_what_the_command_printed() -> None:
+    log = (RESULTS / "figure1" / "log.txt").read_text(encoding="utf-8")
+    (minutes,) = re.findall(r"^60 of 60 runs done, after 0:0(\d:\d\d)$", log, flags=re.MULTILINE)
+    (gpu,) = {run.environment["gpu"] for run in read_lines(RESULTS / "figure1" / "runs.jsonl").runs}
+    assert gpu.startswith("NVIDIA H100")
+    assert f"took {minutes} minutes on an NVIDIA H100" in TEXT["results/costs"]
+    assert f"A GPU (NVIDIA H100) computed these 60 runs in {minutes} minutes" in TEXT["results/perceptrons"]
 
 
 def test_what_is_said_of_a_gpus_steps_is_the_kept_measurement() -> None:
@@ -281,6 +299,25 @@ def test_the_closed_form_is_faster_than_its_steps_at_every_depth() -> None:
     for depth in cost_of_depth.DEPTHS:
         for steps in (cost_of_depth.PAPERS, cost_of_depth.PLANNED):
             assert ratios[depth, f"ClosedForm, {steps}"] < ratios[depth, f"Euler, {steps}"]
+
+
+def test_what_is_said_of_the_relaxation_from_zero_is_in_the_kept_results() -> None:
+    text, readme = TEXT["results/cnns"], (ROOT / "README.md").read_text(encoding="utf-8")
+    differences = {
+        dataset: {
+            name: 100 * row["paired_difference"]["mean"]
+            for name, row in kept(f"appendix-c-{dataset}-from-zero/summary.json")["results"].items()
+            if name != "backprop"
+        }
+        for dataset in ("svhn", "cifar100")
+    }
+    svhn, cifar100 = differences["svhn"], differences["cifar100"]
+    assert f"From zero the difference on SVHN is {svhn['baseline, from zero']:.2f} points" in readme
+    assert f"where it is {-svhn['baseline']:.1f} points behind if it starts at the feedforward activities" in text
+    assert (
+        f"it is {-cifar100['baseline, from zero']:.1f} points behind backpropagation in place of "
+        f"{cifar100['baseline']:.1f} points ahead" in text
+    )
 
 
 def test_how_far_the_cnn_is_from_convergence_is_as_its_page_says() -> None:

@@ -46,6 +46,12 @@ class Mean:
         return self.mean - half, self.mean + half
 
     @property
+    def limits(self) -> str:
+        """The interval as tables show it, in percent; nothing for one seed."""
+        low, high = self.interval
+        return f"{100 * low:.2f} to {100 * high:.2f}" if self.n > 1 else ""
+
+    @property
     def deviation(self) -> float:
         """The standard deviation over seeds."""
         return self.standard_error * math.sqrt(self.n)

@@ -3,7 +3,7 @@
     python results/condition-c/by_hand.py --seed 3                      # a quarter of an hour, one thread
     python results/condition-c/by_hand.py --seed 3 --epochs 1 --folder /tmp/c      # to see that it works
 
-It starts where a kept run has started (results/figure1-a-c, condition c), and takes the same minibatches. The library
+It starts where a kept run has started (results/figure1, condition c), and takes the same minibatches. The library
 computes no state and no gradient here: f is tanh, the output is linear, x̄ are the feedforward activities, x the states.
 
     x_l ← x_l + η ((f'(W_{l+1} x_l + b_{l+1}) ⊙ x_{l+1}) W_{l+1} − x_l),   at the top  f' = 1, x = ∂L/∂output
@@ -36,7 +36,7 @@ from relaxprop.lab.store import read_lines
 from relaxprop.lab.training import limited_threads, minibatches
 
 HERE = Path(__file__).parent
-KEPT = HERE.parent / "figure1-a-c" / "runs.jsonl"
+KEPT = HERE.parent / "figure1" / "runs.jsonl"
 MEASURED = 1000  # training images
 
 

@@ -131,12 +131,10 @@ def compare(
         from relaxprop.lab.report.claims import would
 
         said += would(seeds_to_decide(paired.difference, claimed), paired.difference)
-    low, high = paired.difference.interval
-    interval = f"{100 * low:.2f} to {100 * high:.2f}" if paired.difference.n > 1 else ""
     print_table(
         "final test accuracy (%), seed by seed",
         ("A", "B", "n", "A reaches", "B reaches", "difference (points)", "95 % interval", f"within ±{100 * margin:g}"),
-        [(first, second, str(paired.difference.n), *map(str, paired[1:4]), interval, said)],
+        [(first, second, str(paired.difference.n), *map(str, paired[1:4]), paired.difference.limits, said)],
     )
     console.print(f"seeds: {', '.join(map(str, paired.seeds))}", soft_wrap=True, highlight=False)
     for name, (one, other) in paired.fields.items():

@@ -17,7 +17,7 @@ from relaxprop.lab.experiments.queue import Queue, State, states
 from relaxprop.lab.report.claims import BESIDE, RULES, beside_table
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import BASELINE, REFERENCE
-from relaxprop.lab.stats import LEVEL, MOST_SEEDS, Claim, Mean
+from relaxprop.lab.stats import LEVEL, MOST_SEEDS, Claim
 
 SAID: dict[Claim, str] = {
     "equivalent": "the accuracy stays the same",
@@ -47,7 +47,7 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
         "# The paper's claims",
         first_sentence(lines),
         *_refuted("These do not hold:", lines),
-        *_refuted("The claims rest on others, of which these do not hold:", supporting),
+        *_refuted("The claims rest on others, of which these do not hold:", supporting, found),
         f"This page is made by `{command}` from the kept results, and is not written by hand. Its words and symbols:",
         "* f' is the derivative of the activation function. Algorithm 1 takes f' and the presynaptic activity from the "
         "feedforward pass. *f'(W x)* and *presynaptic x* are taken at the states x instead.\n"
@@ -75,9 +75,19 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
     ]
     for source in found:
         if beside := beside_table(source.figure.rows):
-            title = source.figure.experiment.removeprefix(PAPERS)
+            title, _, version = source.figure.experiment.removeprefix(PAPERS).partition(", ")
             about = f"`{source.place}`, {source.figure.about}, `{shown(source.command)}`"
-            parts += [f"## {title}", about, markdown_table(BESIDE, beside)]
+            parts += [
+                f"## {title}, {NAMES.get(source.dataset, source.dataset)}: {version}",
+                about,
+                markdown_table(BESIDE, beside),
+            ]
+            parts += [
+                f"To backpropagation in the same version, the difference of *{row.condition.title}* is "
+                f"{row.difference} points ({row.difference.limits}). The verdict on their equality: {row.verdict}."
+                for row in source.figure.rows
+                if row.condition.beside == BASELINE and row.difference is not None
+            ]
     if queue is not None:
         parts += _queue(queue, to_come)
     parts += ["## How the verdicts are made", "".join(f"* {note}\n" for note in _notes(lines, supporting))]
@@ -115,8 +125,7 @@ def _short(line: Line) -> str:
     if line.found is None:
         return "no runs"
     difference = line.found.difference
-    low, high = difference.interval
-    interval = f" ({100 * low:.2f} to {100 * high:.2f})" if difference.n > 1 else ""
+    interval = f" ({difference.limits})" if difference.limits else ""
     said = line.verdict.partition(":")[0].replace("does not hold", "**does not hold**")
     after = ", after Holm open" if _is_open_after(line) else ""
     return f"{100 * difference.mean:.2f}{interval}, n = {difference.n}: {said}{after}"
@@ -133,16 +142,32 @@ def first_sentence(lines: Sequence[Line]) -> str:
     return f"**Of the paper's {len(lines)} claims {not_}, {do}, and {open_}.**"
 
 
-def _refuted(title: str, lines: Sequence[Line]) -> list[str]:
-    """What does not hold, with the difference and whether Holm's correction leaves it open; nothing if all may hold."""
+def _refuted(title: str, lines: Sequence[Line], found: Sequence[Source] = ()) -> list[str]:
+    """What does not hold, with the difference and whether Holm's correction leaves it open; nothing if all may hold.
+
+    Args:
+        found: where it is told what becomes of Activation Relaxation from zero.
+    """
     texts = []
     for line in lines:
         if line.verdict.startswith("does not hold"):
             assert line.found is not None
             points = f"The difference is {100 * line.found.difference.mean:+.1f} points"
             after = ", and after Holm's correction the claim is open" if _is_open_after(line) else ""
-            texts.append(f"* {_title(line)}, {in_words(line)}. {points}{after}.")
+            texts.append(f"* {_title(line)}, {in_words(line)}. {points}{after}.{_from_zero(line, found)}")
     return [title, "\n".join(texts)] if texts else []
+
+
+def _from_zero(line: Line, found: Sequence[Source]) -> str:
+    """What the relaxation from zero says of the same; nothing where there is none."""
+    for source in found:
+        if (source.plan.figure, source.dataset, source.plan.initial) == (*line.claim[:2], "zero"):
+            for row in source.figure.rows:
+                if row.condition.beside == line.claim.name and row.difference is not None:
+                    points = f"{100 * row.difference.mean:+.2f} points ({row.difference.limits})"
+                    said = row.verdict.partition(":")[0].replace("open", "is open")
+                    return f" Where the relaxation starts at zero, it is {points}, and the claim {said}."
+    return ""
 
 
 def in_words(line: Line) -> str:
@@ -193,9 +218,7 @@ def _data(lines: Sequence[Line]) -> str:
 def _difference(line: Line) -> tuple[str, str]:
     if line.found is None:
         return "", ""
-    difference: Mean = line.found.difference
-    low, high = difference.interval
-    return str(difference), f"{100 * low:.2f} to {100 * high:.2f}" if difference.n > 1 else ""
+    return str(line.found.difference), line.found.difference.limits
 
 
 def _is_open_after(line: Line) -> bool:

@@ -352,7 +352,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             row.title,
             str(row.accuracy),
             str(row.difference or ""),
-            _interval(row.difference),
+            row.difference.limits if row.difference is not None else "",
             "" if row.alignment is None else f"{row.alignment.mean:.2f}",
             "" if row.first is None else f"{row.first.mean:.2f}",
             ", ".join(row.not_local),
@@ -361,13 +361,6 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         )
         for row in rows
     ]
-
-
-def _interval(difference: Mean | None) -> str:
-    if difference is None or difference.n == 1:
-        return ""
-    low, high = difference.interval
-    return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 def write_together(folder: Path) -> Path:
@@ -396,8 +389,8 @@ def _with_interval(row: Row) -> str:
     """The difference in points, and its interval; for what others are compared with, its accuracy."""
     if row.difference is None:
         return f"{row.accuracy} %"
-    low_and_high = _interval(row.difference)
-    return f"{100 * row.difference.mean:.2f}" + (f" ({low_and_high})" if low_and_high else "")
+    limits = row.difference.limits
+    return f"{100 * row.difference.mean:.2f}" + (f" ({limits})" if limits else "")
 
 
 def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:

@@ -236,7 +236,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             f"{row.seconds:.1f}" if row.seconds < 100 else f"{row.seconds:.0f}",
             "" if row.relative_cost is None else f"{row.relative_cost:.1f}×",
             str(row.difference or ""),
-            _interval(row.difference),
+            row.difference.limits if row.difference is not None else "",
             f"{row.condition.claim}" if row.difference is not None else "",
             _verdict(row),
             _holm(row),
@@ -254,7 +254,7 @@ def beside_table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             str(row.beside.accuracies[-1]),
             str(row.beside.difference.n),
             str(row.beside.difference),
-            _interval(row.beside.difference),
+            row.beside.difference.limits,
             row.beside.verdict.replace("does not hold", "no").replace("holds", "yes"),
         )
         for row in rows
@@ -266,13 +266,6 @@ def label(row: Row) -> str:
     """The condition's, as tables and figures show it."""
     is_baseline = {row.name, row.condition.beside} & {REFERENCE, BASELINE}
     return row.condition.title if is_baseline else f"{row.name}: {row.condition.title}"
-
-
-def _interval(difference: Mean | None) -> str:
-    if difference is None or difference.n == 1:
-        return ""
-    low, high = difference.interval
-    return f"{100 * low:.2f} to {100 * high:.2f}"
 
 
 def _verdict(row: Row) -> str:
