@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,6 +144,80 @@ def holm(p: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p) - place) * p[i]))
         corrected[i] = least
     return corrected
+
+
+class Comparison(NamedTuple):
+    """What was measured on a claim: the paired difference to a reference, which has this mean accuracy."""
+
+    claim: Claim
+    difference: Mean
+    reference: float
+    chance: float
+    margin: float = MARGIN
+
+
+class Judgement(NamedTuple):
+    """What a comparison says.
+
+    Attributes:
+        verdict: on the claim.
+        p: of the test that decides on it, or comes nearest to it; None where nothing is tested.
+        holm: the same after Holm's correction over all claims that were judged together.
+        seeds: how many decide; None where nothing is tested or no number would.
+    """
+
+    verdict: str
+    p: float | None
+    holm: float | None
+    seeds: int | None
+
+    @property
+    def is_decided_after_holm(self) -> bool:
+        """Whether a test decides when all claims are looked at together."""
+        return self.holm is not None and self.holm < LEVEL
+
+    @property
+    def is_open_after_holm(self) -> bool:
+        """Whether the verdict does not stay then."""
+        return self.holm is not None and not (self.verdict.startswith("open") or self.is_decided_after_holm)
+
+    @property
+    def would(self) -> str:
+        """How many seeds would decide on what is tested."""
+        return f"{self.seeds:,}" if self.seeds else f"not even {MOST_SEEDS:,}"
+
+    def __str__(self) -> str:
+        is_left_open = self.p is not None and self.verdict.startswith("open")
+        return f"{self.verdict}, {self.would} would" if is_left_open else self.verdict
+
+
+K = TypeVar("K")
+
+
+def judged(found: Mapping[K, Comparison], probability: float = PROBABILITY) -> dict[K, Judgement]:
+    """Verdicts on claims that are looked at together.
+
+    Args:
+        probability: with which the number of seeds that is told decides.
+    """
+    regions = {
+        key: region(x.claim, x.reference, x.chance, x.margin)
+        for key, x in found.items()
+        if is_tested(x.difference, x.reference, x.chance, x.margin) and math.isfinite(x.difference.standard_error)
+    }
+    tests = {key: p_values(found[key].difference, claimed) for key, claimed in regions.items()}
+    corrected = [PValues(*p) for p in zip(*(holm(p) for p in zip(*tests.values(), strict=True)), strict=True)]
+    result = {key: Judgement(verdict(*x), None, None, None) for key, x in found.items()}
+    for (key, p), after in zip(tests.items(), corrected, strict=True):
+        nearest, its_holm = min(zip(p, after, strict=True))
+        seeds = seeds_to_decide(found[key].difference, regions[key], probability)
+        result[key] = result[key]._replace(p=nearest, holm=its_holm, seeds=seeds)
+    return result
+
+
+def judge(comparison: Comparison) -> Judgement:
+    """As `judged`, of one claim by itself."""
+    return judged({None: comparison})[None]
 
 
 def probability_within(seeds: int, mean: float, deviation: float, low: float, high: float) -> float:

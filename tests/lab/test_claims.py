@@ -229,7 +229,7 @@ def test_what_is_said_of_one_seed_and_at_chance(tmp_path: Path) -> None:
     kept(tmp_path, "chance", chance)
     assert page_line(tmp_path, "b: with").split(" | ")[5:7] == ["open: nothing has been learned", ""]
     (line,) = judged([B], sources(tmp_path))
-    assert line.holm is None
+    assert line.judgement.holm is None
 
 
 def test_what_does_not_hold_is_said_first(tmp_path: Path) -> None:
@@ -260,8 +260,8 @@ def test_holms_correction_is_over_all_claims_of_the_page(tmp_path: Path) -> None
     spread = {name: [v + d for v, d in zip(EQUAL["baseline"], (-0.03, 0.0, 0.03), strict=True)] for name in "acd"}
     kept(tmp_path, "figure", EQUAL | spread | {"b": b})
     alone = {line.claim.name: line for line in judged([B], sources(tmp_path))}["b"]
-    assert alone.holm is not None
-    assert alone.holm < stats.LEVEL
+    assert alone.judgement.holm is not None
+    assert alone.judgement.holm < stats.LEVEL
     names = "abcd"
     lines = judged([Claim("figure1", "mnist", name) for name in names], sources(tmp_path))
     among = lines[1]
@@ -269,10 +269,10 @@ def test_holms_correction_is_over_all_claims_of_the_page(tmp_path: Path) -> None
         stats.mean_over_seeds([x - y for x, y in zip(b, EQUAL["baseline"], strict=True)]), stats.Region(-0.01, 0.01)
     )
     assert p.refuted < stats.LEVEL < 4 * p.refuted
-    assert alone.holm == pytest.approx(p.refuted)
-    assert among.holm is not None
-    assert among.holm > stats.LEVEL
-    assert among.verdict == "does not hold: -2.6 points"
+    assert alone.judgement.holm == pytest.approx(p.refuted)
+    assert among.judgement.holm is not None
+    assert among.judgement.holm > stats.LEVEL
+    assert among.judgement.verdict == "does not hold: -2.6 points"
     assert "**does not hold**: -2.6 points (after Holm's correction open)" in page_line(tmp_path, "b: with")
     page = claims.page(sources(tmp_path), None, "make")
     assert "The difference is -2.6 points, and after Holm's correction the claim is open." in page

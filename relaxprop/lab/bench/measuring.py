@@ -16,10 +16,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import Tensor, nn
 
 BASELINE = "backpropagation"
 WARMING = 3  # steps of each kind before any is measured
 Step = Callable[[], object]
+
+
+def training_step(network: nn.Module, loss: Callable[[], Tensor]) -> Step:
+    """Forward pass, backward pass or relaxation phase, update."""
+    # An update of no length costs the same, and in however many rounds no rule diverges on inputs without a pattern.
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+
+    def step() -> None:
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def warm(steps: Mapping[str, Step]) -> None:

@@ -5,7 +5,7 @@ May import: frozen, public names, solvers, vertices, lab.bench.measuring, lab.be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields, replace
 from itertools import islice
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from relaxprop import PAPER, ActivationRelaxation, Euler, Frozen
 from relaxprop.frozen import ALL_FROZEN
-from relaxprop.lab.bench.measuring import BASELINE, Step, ratio
+from relaxprop.lab.bench.measuring import BASELINE, Step, ratio, training_step
 from relaxprop.lab.bench.problems import Problem
 from relaxprop.lab.rules import OTHERS, called, wrap
 from relaxprop.solvers import SOLVERS as LIBRARY
@@ -69,19 +69,6 @@ def check_names(rules: Sequence[str], solvers: Sequence[str]) -> None:
             raise ValueError(f"{what} must be one of {', '.join(known)}, got {unknown[0]!r}")
 
 
-def training_step(problem: Problem, loss_of: Callable[[], Tensor]) -> Step:
-    """Forward pass, backward pass or relaxation phase, update."""
-    # An update of no length costs the same, and in however many rounds no rule diverges on inputs without a pattern.
-    optimizer = torch.optim.SGD(problem.network.parameters(), lr=0.0)
-
-    def step() -> None:
-        loss_of().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def relaxation_step(
     problem: Problem,
     solver: Solver | None,
@@ -96,7 +83,7 @@ def relaxation_step(
         trained = ActivationRelaxation(
             trained, solver=solver, vertices=vertices, frozen=frozen, check_finite=check_finite
         )
-    return training_step(problem, lambda: problem.loss(trained(problem.inputs), problem.targets))
+    return training_step(problem.network, lambda: problem.loss(trained(problem.inputs), problem.targets))
 
 
 def all_steps(
@@ -129,7 +116,7 @@ def all_steps(
 def _other(problem: Problem, rule: str, common: Mapping[str, Any]) -> Step:
     trained = wrap(rule, problem.network, _options(rule), problem.loss, seed=0, **common)
     more, loss_of = called(rule, problem.loss, problem.targets, problem.targets)
-    return training_step(problem, lambda: loss_of(trained(problem.inputs, **more)))
+    return training_step(problem.network, lambda: loss_of(trained(problem.inputs, **more)))
 
 
 class Part(NamedTuple):

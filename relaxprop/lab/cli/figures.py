@@ -22,7 +22,7 @@ from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.records import complete
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.records import RECORDS
-from relaxprop.lab.report.claims import BESIDE, CLAIM, RESULT, beside_table, would
+from relaxprop.lab.report.claims import BESIDE, CLAIM, RESULT, beside_table
 from relaxprop.lab.report.claims import table as cells_of
 from relaxprop.lab.report.figures import Figure, read_figure, write_figure
 from relaxprop.lab.stats import MARGIN, PROBABILITY
@@ -44,10 +44,11 @@ def power(
         for row in figure.rows:
             if (difference := row.difference) is None:
                 continue
-            seeds = "" if row.p is None else f"{row.seeds:,}" if row.seeds else would(None, difference).strip(", ")
+            judgement = row.judgement
+            seeds = "" if judgement.p is None else judgement.would
             deviation = "" if difference.n == 1 else f"{100 * difference.deviation:.2f}"
             cells.append(
-                (row.name, str(difference.n), str(difference), deviation, row.condition.claim, row.verdict, seeds)
+                (row.name, str(difference.n), str(difference), deviation, row.condition.claim, judgement.verdict, seeds)
             )
         print_table(
             f"{figure.about}: seeds that decide with a probability of {100 * probability:g} % at a margin of "

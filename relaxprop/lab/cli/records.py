@@ -2,8 +2,8 @@
 
 What needs PyTorch is imported where it is used: it takes longer than the rest.
 
-May import: lab.cli.options, lab.experiments.records, lab.files, lab.records, lab.report.claims, lab.report.compare,
-lab.report.export, lab.stats.
+May import: lab.cli.options, lab.experiments.records, lab.files, lab.records, lab.report.compare, lab.report.export,
+lab.stats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from relaxprop.lab.files import OutputError, check_writable
 from relaxprop.lab.records import RECORDS, Run
 from relaxprop.lab.report.compare import pair as pair_by_seed
 from relaxprop.lab.report.export import Format, alignment_table, epochs_table, write_table
-from relaxprop.lab.stats import MARGIN, is_tested, region, seeds_to_decide, verdict
+from relaxprop.lab.stats import MARGIN, Comparison, judge
 
 PathsArgument = Annotated[
     list[Path],
@@ -125,12 +125,7 @@ def compare(
     except ValueError as error:
         raise OutputError(str(error)) from error
     chance = -math.inf if paired.chance is None else paired.chance
-    claimed = region("equivalent", paired.second.mean, chance, margin)
-    said = verdict("equivalent", paired.difference, paired.second.mean, chance, margin)
-    if said.startswith("open") and is_tested(paired.difference, paired.second.mean, chance, margin):
-        from relaxprop.lab.report.claims import would
-
-        said += would(seeds_to_decide(paired.difference, claimed), paired.difference)
+    said = str(judge(Comparison("equivalent", paired.difference, paired.second.mean, chance, margin)))
     print_table(
         "final test accuracy (%), seed by seed",
         ("A", "B", "n", "A reaches", "B reaches", "difference (points)", "95 % interval", f"within ±{100 * margin:g}"),

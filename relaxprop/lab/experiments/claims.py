@@ -17,7 +17,7 @@ from relaxprop.lab.experiments.queue import Queue, State, states
 from relaxprop.lab.report.claims import BESIDE, RULES, beside_table
 from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import BASELINE, REFERENCE
-from relaxprop.lab.stats import LEVEL, MOST_SEEDS, Claim
+from relaxprop.lab.stats import LEVEL, Claim
 
 SAID: dict[Claim, str] = {
     "equivalent": "the accuracy stays the same",
@@ -84,7 +84,8 @@ def page(found: Sequence[Source], queue: Queue | None, command: str) -> str:
             ]
             parts += [
                 f"To backpropagation in the same version, the difference of *{row.condition.title}* is "
-                f"{row.difference} points ({row.difference.limits}). The verdict on their equality: {row.verdict}."
+                f"{row.difference} points ({row.difference.limits}). The verdict on their equality: "
+                f"{row.judgement.verdict}."
                 for row in source.figure.rows
                 if row.condition.beside == BASELINE and row.difference is not None
             ]
@@ -126,15 +127,15 @@ def _short(line: Line) -> str:
         return "no runs"
     difference = line.found.difference
     interval = f" ({difference.limits})" if difference.limits else ""
-    said = line.verdict.partition(":")[0].replace("does not hold", "**does not hold**")
-    after = ", after Holm open" if _is_open_after(line) else ""
+    said = line.judgement.verdict.partition(":")[0].replace("does not hold", "**does not hold**")
+    after = ", after Holm open" if line.judgement.is_open_after_holm else ""
     return f"{100 * difference.mean:.2f}{interval}, n = {difference.n}: {said}{after}"
 
 
 def first_sentence(lines: Sequence[Line]) -> str:
     """How many do not hold, hold, and are open."""
-    refuted = sum(line.verdict.startswith("does not hold") for line in lines)
-    holds = sum(line.verdict == "holds" for line in lines)
+    refuted = sum(line.judgement.verdict.startswith("does not hold") for line in lines)
+    holds = sum(line.judgement.verdict == "holds" for line in lines)
     still = len(lines) - holds - refuted
     not_ = f"{refuted} {'does' if refuted == 1 else 'do'} not hold here"
     do = f"{holds} {'holds' if holds == 1 else 'hold'}"
@@ -150,10 +151,10 @@ def _refuted(title: str, lines: Sequence[Line], found: Sequence[Source] = ()) ->
     """
     texts = []
     for line in lines:
-        if line.verdict.startswith("does not hold"):
+        if line.judgement.verdict.startswith("does not hold"):
             assert line.found is not None
             points = f"The difference is {100 * line.found.difference.mean:+.1f} points"
-            after = ", and after Holm's correction the claim is open" if _is_open_after(line) else ""
+            after = ", and after Holm's correction the claim is open" if line.judgement.is_open_after_holm else ""
             texts.append(f"* {_title(line)}, {in_words(line)}. {points}{after}.{_from_zero(line, found)}")
     return [title, "\n".join(texts)] if texts else []
 
@@ -165,7 +166,7 @@ def _from_zero(line: Line, found: Sequence[Source]) -> str:
             for row in source.figure.rows:
                 if row.condition.beside == line.claim.name and row.difference is not None:
                     points = f"{100 * row.difference.mean:+.2f} points ({row.difference.limits})"
-                    said = row.verdict.partition(":")[0].replace("open", "is open")
+                    said = row.judgement.verdict.partition(":")[0].replace("open", "is open")
                     return f" Where the relaxation starts at zero, it is {points}, and the claim {said}."
     return ""
 
@@ -221,13 +222,9 @@ def _difference(line: Line) -> tuple[str, str]:
     return str(line.found.difference), line.found.difference.limits
 
 
-def _is_open_after(line: Line) -> bool:
-    return not line.verdict.startswith("open") and line.holm is not None and line.holm >= LEVEL
-
-
 def _verdict(line: Line) -> str:
-    said = line.verdict.replace("does not hold", "**does not hold**")
-    return f"{said} (after Holm's correction open)" if _is_open_after(line) else said
+    said = line.judgement.verdict.replace("does not hold", "**does not hold**")
+    return f"{said} (after Holm's correction open)" if line.judgement.is_open_after_holm else said
 
 
 def _commands(lines: Sequence[Line], to_come: Sequence[State]) -> str:
@@ -246,10 +243,10 @@ def _cells(line: Line, *, with_place: bool = False) -> tuple[str, ...]:
     source, on = line.source, line.found
     claim = f"{_title(line)}: {in_words(line)}" if with_place else in_words(line)
     if source is None or on is None:
-        return (claim, "0", "", "", "", line.verdict, "", "none")
+        return (claim, "0", "", "", "", line.judgement.verdict, "", "none")
     would = ""
-    if line.verdict.startswith("open") and line.holm is not None:
-        would = f"{line.seeds:,} seeds" if line.seeds else f"not even {MOST_SEEDS:,} seeds"
+    if line.judgement.verdict.startswith("open") and line.judgement.holm is not None:
+        would = f"{line.judgement.would} seeds"
     kind = "records" if source.planned is None else f"unfinished, {source.runs} of {source.planned} runs"
     return (
         claim,
@@ -304,7 +301,7 @@ def _queue(queue: Queue, to_come: Sequence[State]) -> list[str]:
 
 
 def _notes(lines: Sequence[Line], supporting: Sequence[Line]) -> list[str]:
-    tested, others = (sum(line.holm is not None for line in group) for group in (lines, supporting))
+    tested, others = (sum(line.judgement.holm is not None for line in group) for group in (lines, supporting))
     return [
         "each claim stands beside the evidence of most seeds, then of most epochs; *records* are runs of which every "
         "epoch is kept, *unfinished* is a part of a command's runs, over the seeds that are finished in both "

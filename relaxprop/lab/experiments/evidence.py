@@ -7,28 +7,19 @@ lab.report.figures, lab.results, lab.stats.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from relaxprop.lab import stats
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
 from relaxprop.lab.experiments.plan import COMMAND, Plan, plan_of
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.records import RECORDS
 from relaxprop.lab.report.figures import Figure, read_figure
 from relaxprop.lab.results import BASELINE, REFERENCE, Compared
-from relaxprop.lab.stats import (
-    Mean,
-    PValues,
-    holm,
-    is_tested,
-    p_values,
-    region,
-    seeds_to_decide,
-    verdict,
-)
+from relaxprop.lab.stats import Comparison, Judgement, Mean
 
 
 class Claim(NamedTuple):
@@ -101,17 +92,13 @@ class Line(NamedTuple):
     """A claim beside the best evidence for it, which may be none.
 
     Attributes:
-        verdict: on the claim.
-        holm: p of the test that decides, or comes nearest to it, after Holm's correction over all lines.
-        seeds: how many would decide what is open; None where nothing is tested or no number would.
+        judgement: on the claim, among all claims that are judged together.
     """
 
     claim: Claim
     source: Source | None
     found: Found | None
-    verdict: str
-    holm: float | None
-    seeds: int | None
+    judgement: Judgement
 
 
 def sources(results: Path) -> list[Source]:
@@ -212,24 +199,17 @@ def is_as_written(plan: Plan) -> bool:
 def judged(claims: Sequence[Claim], found: Sequence[Source]) -> list[Line]:
     """Each claim beside its evidence; Holm's correction is over all of them."""
     evidence = [best(claim, found) for claim in claims]
-    tests: dict[int, PValues] = {}
-    seeds: dict[int, int | None] = {}
-    for i, (claim, pair) in enumerate(zip(claims, evidence, strict=True)):
-        if pair is None:
-            continue
-        source, on = pair
-        if is_tested(on.difference, on.reference, source.chance) and math.isfinite(on.difference.standard_error):
-            claimed = region(claim.condition.claim, on.reference, source.chance)
-            tests[i] = p_values(on.difference, claimed)
-            seeds[i] = seeds_to_decide(on.difference, claimed)
-    corrected = [PValues(*p) for p in zip(*(holm(p) for p in zip(*tests.values(), strict=True)), strict=True)]
-    after = {i: min(zip(p, both, strict=True))[1] for (i, p), both in zip(tests.items(), corrected, strict=True)}
+    judgements = stats.judged(
+        {
+            claim: Comparison(claim.condition.claim, on.difference, on.reference, source.chance)
+            for claim, pair in zip(claims, evidence, strict=True)
+            if pair is not None
+            for source, on in [pair]
+        }
+    )
+    nothing = Judgement("open: no runs", None, None, None)
     lines = []
-    for i, (claim, pair) in enumerate(zip(claims, evidence, strict=True)):
-        if pair is None:
-            lines.append(Line(claim, None, None, "open: no runs", None, None))
-            continue
-        source, on = pair
-        said = verdict(claim.condition.claim, on.difference, on.reference, source.chance)
-        lines.append(Line(claim, source, on, said, after.get(i), seeds.get(i)))
+    for claim, pair in zip(claims, evidence, strict=True):
+        source, on = (None, None) if pair is None else pair
+        lines.append(Line(claim, source, on, judgements.get(claim, nothing)))
     return lines

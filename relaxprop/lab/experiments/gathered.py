@@ -22,7 +22,7 @@ from relaxprop.lab.data import title_of
 from relaxprop.lab.experiments.conditions import BASELINES, Condition, condition_runs
 from relaxprop.lab.experiments.paper import EXPERIMENTS
 from relaxprop.lab.files import OutputError
-from relaxprop.lab.report.claims import difference_of, final, paired, would
+from relaxprop.lab.report.claims import difference_of, final, paired
 from relaxprop.lab.report.figures import alignment_curves
 from relaxprop.lab.report.findings import (
     ConditionResults,
@@ -34,7 +34,7 @@ from relaxprop.lab.report.findings import (
 )
 from relaxprop.lab.results import BASELINE, REFERENCE, AlignmentCurves, FinishedRun, Head
 from relaxprop.lab.rules import OTHERS
-from relaxprop.lab.stats import Mean, is_tested, region, seeds_to_decide, verdict
+from relaxprop.lab.stats import Comparison, Mean, judge
 from relaxprop.lab.store import read_lines, read_run
 
 RECORDS, CONVERGENCE = "runs.jsonl", "convergence.json"
@@ -300,10 +300,7 @@ def _compared(
     if chance is None:
         return difference, "open: the accuracy of guessing is not known for these data"
     level = statistics.fmean(final(other) for _, other in pairs)
-    said = verdict(condition.claim, difference, level, chance)
-    if said.startswith("open") and difference.standard_error > 0 and is_tested(difference, level, chance):
-        said += would(seeds_to_decide(difference, region(condition.claim, level, chance)), difference)
-    return difference, said
+    return difference, str(judge(Comparison(condition.claim, difference, level, chance)))
 
 
 def _alignment(records: Sequence[RunRecord]) -> AlignmentCurves | None:

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 from torch.nn import functional
 
 from relaxprop import describe_locality, mirror_weights
 from relaxprop.lab import models
-from relaxprop.lab.bench.measuring import Step, interleaved, ratio, warm
+from relaxprop.lab.bench.measuring import Step, interleaved, ratio, training_step, warm
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.experiments.conditions import Condition
@@ -200,17 +200,13 @@ def _training_step(config: RunConfig, dataset: Dataset) -> Step:
     images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
     targets = functional.one_hot(labels, len(dataset.classes)).to(images.dtype)
     more, loss_of = called(config.rule, measured_by(config), targets, labels)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)  # a step of no length costs the same
 
-    def step() -> None:
+    def loss() -> Tensor:
         if "mirror" in config.feedback.values():
             mirror_weights(trained)
-        loss = loss_of(trained(images, **more))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        return loss_of(trained(images, **more))
 
-    return step
+    return training_step(network, loss)
 
 
 class Row(NamedTuple):

@@ -5,7 +5,6 @@ May import: lab.results, lab.stats.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,16 +15,12 @@ from relaxprop.lab.stats import (
     CONFIDENCE,
     LEVEL,
     MARGIN,
-    MOST_SEEDS,
     PROBABILITY,
+    Comparison,
+    Judgement,
     Mean,
-    PValues,
-    holm,
-    is_tested,
+    judged,
     mean_over_seeds,
-    p_values,
-    region,
-    seeds_to_decide,
     verdict,
 )
 
@@ -56,10 +51,7 @@ class Row:
         seconds: of training, median over seeds.
         relative_cost: of an epoch, to backpropagation's (`relative_cost`).
         difference: final test accuracy minus that of ``condition.versus``, seed by seed; None for the reference.
-        verdict: on the paper's claim.
-        p: of the test that decides on the claim, or comes nearest to it; None where nothing is tested.
-        holm: the same after Holm's correction over the claims of this table.
-        seeds: how many decide on the claim; None where nothing is tested or no number would.
+        judgement: on the paper's claim, among those of this table; an empty verdict for the reference.
         beside: the condition as the paper's text has it, where this one is another version.
     """
 
@@ -72,10 +64,7 @@ class Row:
     seconds: float
     relative_cost: float | None
     difference: Mean | None
-    verdict: str
-    p: float | None
-    holm: float | None
-    seeds: int | None
+    judgement: Judgement
     beside: Beside | None = None
 
 
@@ -115,24 +104,20 @@ def summarise(
         raise ValueError("no condition has a seed with the one that it is compared with")
     differences = {name: difference_of(pair) for name, pair in pairs.items() if name not in references}
     levels = {name: statistics.fmean(final(other) for _, other in pair) for name, pair in pairs.items()}
-    claimed = {name: region(conditions[name].claim, levels[name], chance, margin) for name in differences}
-    family = [
-        name
-        for name, difference in differences.items()
-        if is_tested(difference, levels[name], chance, margin) and math.isfinite(difference.standard_error)
-    ]
-    tests = [p_values(differences[name], claimed[name]) for name in family]
-    corrected = [PValues(*p) for p in zip(*(holm(p) for p in zip(*tests, strict=True)), strict=True)]
-    nearest = {name: min(zip(p, after, strict=True)) for name, p, after in zip(family, tests, corrected, strict=True)}
+    judgements = judged(
+        {
+            name: Comparison(conditions[name].claim, difference, levels[name], chance, margin)
+            for name, difference in differences.items()
+        },
+        probability,
+    )
 
     def reference_of(name: str) -> str:
         return name if name in references else reference_of(conditions[name].versus)
 
     rows = []
     for name, pair in pairs.items():
-        condition, difference = conditions[name], differences.get(name)
-        said = verdict(condition.claim, difference, levels[name], chance, margin) if difference is not None else ""
-        p, after = nearest.get(name, (None, None))
+        condition = conditions[name]
         own = [run for run, _ in pair]
         rows.append(
             Row(
@@ -144,11 +129,8 @@ def summarise(
                 of_seeds=tuple(run.config.seed for run in own),
                 seconds=statistics.median(sum(m.seconds for m in run.metrics) for run in own),
                 relative_cost=relative_cost(found[name], found[reference_of(name)]),
-                difference=difference,
-                verdict=said,
-                p=p,
-                holm=after,
-                seeds=seeds_to_decide(differences[name], claimed[name], probability) if name in family else None,
+                difference=differences.get(name),
+                judgement=judgements.get(name, Judgement("", None, None, None)),
                 beside=_beside(paired(found[name], found.get(condition.beside or "", {})), chance, margin),
             )
         )
@@ -238,8 +220,8 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             str(row.difference or ""),
             row.difference.limits if row.difference is not None else "",
             f"{row.condition.claim}" if row.difference is not None else "",
-            _verdict(row),
-            _holm(row),
+            str(row.judgement),
+            _holm(row.judgement),
         )
         for row in rows
     ]
@@ -268,29 +250,11 @@ def label(row: Row) -> str:
     return row.condition.title if is_baseline else f"{row.name}: {row.condition.title}"
 
 
-def _verdict(row: Row) -> str:
-    if row.difference is None or row.p is None or not row.verdict.startswith("open"):
-        return row.verdict
-    return row.verdict + would(row.seeds, row.difference)
-
-
-def would(seeds: int | None, difference: Mean) -> str:
-    """How many seeds would decide, said behind an open verdict."""
-    if difference.n == 1:
+def _holm(judgement: Judgement) -> str:
+    if judgement.holm is None:
         return ""
-    return f", {seeds:,} would" if seeds else f", not even {MOST_SEEDS:,} would"
-
-
-def is_decided_after_holm(row: Row) -> bool:
-    """Whether the verdict stays when all claims of the table are looked at together."""
-    return row.holm is not None and row.holm < LEVEL
-
-
-def _holm(row: Row) -> str:
-    if row.holm is None:
-        return ""
-    p = f"{row.holm:.2g}" if row.holm >= 0.0001 else "< 0.0001"
-    return p if row.verdict.startswith("open") or is_decided_after_holm(row) else f"{p}: open"
+    p = f"{judgement.holm:.2g}" if judgement.holm >= 0.0001 else "< 0.0001"
+    return f"{p}: open" if judgement.is_open_after_holm else p
 
 
 RULES = (
@@ -323,7 +287,7 @@ def notes(rows: Sequence[Row], chance: float, *, runs: int, planned: int | None 
         runs: how many there are.
         planned: how many there will be, where some are missing.
     """
-    family = [row.name for row in rows if row.holm is not None]
+    family = [row.name for row in rows if row.judgement.holm is not None]
     separator = "; " if any(row.beside for row in rows) else ", "  # names of versions have commas
     holms = (
         f"Holm's p: the p-value of the one-sided t test that decides (for an equivalence, the larger of the two), "

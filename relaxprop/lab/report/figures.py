@@ -24,7 +24,6 @@ from relaxprop.lab.report.claims import (
     Beside,
     Row,
     beside_table,
-    is_decided_after_holm,
     label,
     notes,
     summarise,
@@ -252,7 +251,7 @@ def summary(figure: Figure) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "rule": RULES[0],
         "family": {
-            "claims": [row.name for row in figure.rows if row.holm is not None],
+            "claims": [row.name for row in figure.rows if row.judgement.holm is not None],
             "correction": "Holm",
             "level": LEVEL,
         },
@@ -293,11 +292,11 @@ def _difference(row: Row, difference: Mean) -> dict[str, Any]:
         "interval": [_number(low), _number(high)],
         "n": difference.n,
         "claim": row.condition.claim,
-        "verdict": row.verdict,
-        "p": row.p,
-        "p_holm": row.holm,
-        "decided_after_holm": is_decided_after_holm(row),
-        "seeds_to_decide": row.seeds,
+        "verdict": row.judgement.verdict,
+        "p": row.judgement.p,
+        "p_holm": row.judgement.holm,
+        "decided_after_holm": row.judgement.is_decided_after_holm,
+        "seeds_to_decide": row.judgement.seeds,
     }
 
 
