@@ -218,6 +218,22 @@ def test_learning_rates_are_chosen_by_the_held_out_images() -> None:
     assert rules.chosen_rates(names, runs) == {"dfa": GRID[4], "ar": GRID[2], "drtp": GRID[3], "ep": GRID[2]}
 
 
+def test_a_rate_at_which_one_of_the_seeds_diverges_is_not_chosen() -> None:
+    """The mean decides, and no seed by itself."""
+    accuracies = {GRID[3]: (0.7, 0.8, 0.9), GRID[4]: (0.95, 0.95, 0.45), GRID[5]: (0.99, 0.99, 0.99)}
+    runs = [
+        FinishedRun(
+            RunConfig(learning_rate=rate, validation=10, seed=seed),
+            [EpochMetrics(epoch=1, train_loss=math.nan if diverges else 1, test_accuracy=accuracy, seconds=1)],
+            {},
+        )
+        for rate, found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+        for diverges in [(rate, seed) == (GRID[5], 1)]
+    ]
+    assert rules.chosen_rates(["ar"] * len(runs), runs) == {"ar": GRID[3]}
+
+
 def test_the_search_goes_on_until_the_best_rate_lies_between_two_others() -> None:
     first = rules.first_rates(["dfa", "ep"])
     assert first == dict.fromkeys(("backprop", "ep", "dfa"), GRID[4:7])
@@ -247,16 +263,27 @@ def test_every_run_of_the_search_is_computed_before_its_rate_is_chosen(digits: D
         return found
 
     found, _ = rules.compare_rivals(
-        "mlp", digits, compute, seeds=2, epochs=1, only=["drtp"], threads=1, folder=tmp_path, command="made up"
+        "mlp",
+        digits,
+        compute,
+        seeds=2,
+        search_seeds=2,
+        epochs=1,
+        only=["drtp"],
+        threads=1,
+        folder=tmp_path,
+        command="made up",
     )
     assert {row.name: row.rate for row in found.rows} == best
     assert set(told) == set(GRID[:7])
     assert "at the grid's edge: drtp" in found.notes[0]
+    assert "the highest mean accuracy" in found.notes[0]
+    assert "(seeds 1000, 1001)" in found.notes[0]
 
 
 def test_search_and_comparison_are_planned_apart(digits: Dataset) -> None:
-    searched = rules.search_runs("mlp", digits, rules.first_rates(), epochs=2)
-    assert len(searched) == len({config.id for _, config in searched}) == len(RIVALS) * 3
+    searched = rules.search_runs("mlp", digits, rules.first_rates(), seeds=2, epochs=2)
+    assert len(searched) == len({config.id for _, config in searched}) == len(RIVALS) * 3 * 2
     assert {config.validation for _, config in searched} == {64}
     planned = rules.compared_runs("cnn", digits, dict.fromkeys(RIVALS, 0.001), seeds=3, epochs=2)
     assert len(planned) == len({config.id for _, config in planned}) == len(RIVALS) * 3
@@ -303,7 +330,16 @@ def test_the_table_and_the_figure_come_from_the_records(digits: Dataset, tmp_pat
 
     only = ["FA", "dfa"]
     found, paths = rules.compare_rivals(
-        "mlp", digits, compute, seeds=2, epochs=1, only=only, threads=1, folder=made(tmp_path / "out"), command="here"
+        "mlp",
+        digits,
+        compute,
+        seeds=2,
+        search_seeds=1,
+        epochs=1,
+        only=only,
+        threads=1,
+        folder=made(tmp_path / "out"),
+        command="here",
     )
     assert [path.name for path in paths] == ["table.md", "runs.jsonl", "search.jsonl", "accuracy-by-cost.png"]
     assert [row.name for row in found.rows] == ["backprop", *only]
@@ -394,6 +430,9 @@ def test_reproduce_rules_refuses_what_has_no_effect() -> None:
         outcome = CliRunner().invoke(app, ["reproduce", "rules", *arguments], env={"COLUMNS": "200"})
         assert outcome.exit_code == 2
         assert f"Invalid value for {flag}: it has no effect on reproduce rules" in outcome.output
+    outcome = CliRunner().invoke(app, ["reproduce", "demo", "--search-seeds", "2"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 2
+    assert "Invalid value for --search-seeds: it has an effect on reproduce rules alone" in outcome.output
     outcome = CliRunner().invoke(app, ["reproduce", "rules", "--condition", "x"], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert "--condition must be one of backprop" in outcome.output

@@ -94,6 +94,10 @@ def reproduce(
         bool,
         typer.Option("--beside", help="With --as-coded or --initial zero: as written too, and the paired difference."),
     ] = False,
+    search_seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Seeds by which rules chooses each learning rate. (default: {rules.SEARCH_SEEDS})"),
+    ] = None,
     alignment_every: AlignmentOption = 0,
     data_dir: DataDirOption = None,
     image_column: ImageColumnOption = None,
@@ -150,8 +154,10 @@ def reproduce(
             dataset or "digits", data_dir, runs, *(folder / model for model in rules.MODELS),
             image_column=image_column, label_column=label_column, colour=colour,
         )  # fmt: skip
-        _reproduce_rules(data, seeds, epochs, condition or (), runs, folder, threads, compute, tools)
+        _reproduce_rules(data, seeds, search_seeds, epochs, condition or (), runs, folder, threads, compute, tools)
         return
+    if search_seeds is not None:
+        raise typer.BadParameter("it has an effect on reproduce rules alone, leave it out", param_hint="--search-seeds")
     with usage_errors("--beside"):
         experiment = in_version(EXPERIMENTS[figure], as_coded=as_coded, initial=initial, beside=beside)
     names = [dataset] if dataset is not None else list(experiment.conditions)
@@ -223,6 +229,7 @@ def _reproduce(
 def _reproduce_rules(
     loaded: Dataset,
     seeds: int | None,
+    search_seeds: int | None,
     epochs: int | None,
     only: Sequence[str],
     runs: Path,
@@ -247,6 +254,7 @@ def _reproduce_rules(
             loaded,
             results,
             seeds=seeds or rules.SEEDS,
+            search_seeds=search_seeds or rules.SEARCH_SEEDS,
             epochs=epochs or rules.EPOCHS,
             only=only,
             threads=threads,

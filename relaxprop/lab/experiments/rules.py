@@ -1,9 +1,9 @@
 """Every learning rule and every rule of backwards weights on the same network, each at its own learning rate.
 
-First each of them is trained at learning rates of a small grid, on four fifths of the training images, and the rate is
-taken at which it classifies the last fifth best. The search begins in the grid's middle, and goes on until the rates
-next to the best have been tried. No test image is looked at for that. Then all are trained from the same starts and on
-the same minibatches, seed by seed.
+First each of them is trained at learning rates of a small grid, on four fifths of the training images and from several
+starts, and the rate is taken at which it classifies the last fifth best. The search begins in the grid's middle, and
+goes on until the rates next to the best have been tried. No test image is looked at for that. Then all are trained from
+the same starts and on the same minibatches, seed by seed.
 
 May import: public names, lab.bench.measuring, lab.config, lab.data, lab.experiments.conditions, lab.files, lab.models,
 lab.records, lab.report.figures, lab.report.plots, lab.report.tables, lab.results, lab.rules, lab.stats, lab.store,
@@ -34,7 +34,7 @@ from relaxprop.lab.records import RECORDS
 from relaxprop.lab.report import plots
 from relaxprop.lab.report.figures import alignment_curves
 from relaxprop.lab.report.tables import markdown_table
-from relaxprop.lab.results import REFERENCE, Compared, FinishedRun, Head, RunLine
+from relaxprop.lab.results import REFERENCE, Compared, EpochMetrics, FinishedRun, Head, RunLine
 from relaxprop.lab.rules import called
 from relaxprop.lab.stats import Mean, mean_over_seeds
 from relaxprop.lab.store import read_lines, write_lines
@@ -44,7 +44,8 @@ TITLE = "the rivals on the same network"
 MODELS: tuple[ModelName, ...] = ("mlp", "cnn")
 GRID = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # learning rates on the summed squared error
 FIRST = GRID[4:7]  # that are tried
-SEARCH_SEED = 1000  # none of the seeds that are compared
+FIRST_SEARCH_SEED = 1000  # none of the seeds that are compared
+SEARCH_SEEDS = 3
 HELD_OUT = 5  # one of so many training images
 SEARCH = "search.jsonl"
 STEPS = {"step_size": 0.2, "num_steps": 20}
@@ -84,14 +85,21 @@ def enlargement(model: str, dataset: Dataset) -> int:
 
 
 def search_runs(
-    model: ModelName, dataset: Dataset, rates: Mapping[str, Sequence[float]], *, epochs: int, threads: int = 1
+    model: ModelName,
+    dataset: Dataset,
+    rates: Mapping[str, Sequence[float]],
+    *,
+    seeds: int,
+    epochs: int,
+    threads: int = 1,
 ) -> list[tuple[str, RunConfig]]:
     """The runs by which learning rates are chosen, with the names of their conditions."""
     held_out = len(dataset.train) // HELD_OUT
     return [
-        (name, _run(name, model, dataset, epochs, threads, SEARCH_SEED, rate, validation=held_out))
+        (name, _run(name, model, dataset, epochs, threads, seed, rate, validation=held_out))
         for name, tried in rates.items()
         for rate in tried
+        for seed in range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + seeds)
     ]
 
 
@@ -118,17 +126,20 @@ def further_rates(tried: Mapping[str, Sequence[float]], best: Mapping[str, float
 
 
 def chosen_rates(names: Sequence[str], runs: Sequence[FinishedRun]) -> dict[str, float]:
-    """By condition, the learning rate with the highest accuracy on the held-out images; of equal ones, the smallest.
+    """By condition, the learning rate with the highest mean accuracy on the held-out images; of equals, the smallest.
 
-    A run that has diverged may still guess well by chance: it comes after all that have not, whatever its accuracy.
+    A run that has diverged may still guess well by chance: a rate at which one has diverged comes after all others,
+    whatever the accuracies.
     """
-    best: dict[str, tuple[bool, float, float]] = {}
+    last: dict[str, dict[float, list[EpochMetrics]]] = {}
     for name, run in zip(names, runs, strict=True):
-        last, rate = run.metrics[-1], run.config.learning_rate
-        converges = math.isfinite(last.train_loss)
-        found = converges, last.test_accuracy if converges else 0.0, -rate
-        best[name] = max(best.get(name, found), found)
-    return {name: -rate for name, (*_, rate) in best.items()}
+        last.setdefault(name, {}).setdefault(run.config.learning_rate, []).append(run.metrics[-1])
+
+    def quality(rate: float, ends: Sequence[EpochMetrics]) -> tuple[bool, float, float]:
+        converges = all(math.isfinite(end.train_loss) for end in ends)
+        return converges, statistics.fmean(end.test_accuracy for end in ends) if converges else 0.0, -rate
+
+    return {name: max(by_rate, key=lambda rate: quality(rate, by_rate[rate])) for name, by_rate in last.items()}
 
 
 def compared_runs(
@@ -272,6 +283,7 @@ def read_rivals(folder: Path) -> Rivals:
         OutputError: the records cannot be read, are of another experiment, or cannot be paired.
     """
     head, conditions, runs = read_lines(folder / RECORDS)
+    searched = sorted({run.config.seed for run in read_lines(folder / SEARCH).runs})
     if head.experiment != TITLE or head.not_local is None or head.costs is None:
         raise OutputError(f"{folder / RECORDS} is of another experiment: {head.experiment}")
     by_name: dict[str, dict[int, FinishedRun]] = {}
@@ -290,9 +302,11 @@ def read_rivals(folder: Path) -> Rivals:
     about = f"{head.dataset}, {config.model.upper()}, {epochs} epoch{'s' * (epochs > 1)}, n = {n} seed{'s' * (n > 1)}"
     edges = [row.name for row in rows if row.rate in (min(GRID), max(GRID))]
     notes = [
-        f"learning rate: of {', '.join(f'{rate:g}' for rate in GRID)}, the one with the highest accuracy on a fifth of "
-        f"the training images that was held out in a run of its own (seed {SEARCH_SEED}); searched for from the middle "
-        "on, until the rates next to it were tried" + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""),
+        f"learning rate: of {', '.join(f'{rate:g}' for rate in GRID)}, the one with the highest "
+        f"{'mean ' * (len(searched) > 1)}accuracy on a fifth of the training images that was held out in runs of "
+        f"their own (seed{'s' * (len(searched) > 1)} {', '.join(map(str, searched))}), none of which has diverged; "
+        "searched for from the middle on, until the rates next to it were tried"
+        + (f"; at the grid's edge: {', '.join(edges)}" if edges else ""),
         "difference: of the final test accuracy to backpropagation's, seed by seed, with its 95 % interval",
         "alignment: cosine to backpropagation's gradient on the first minibatch of the last epoch, mean over the "
         "weight matrices, and that of the matrix next to the input",
@@ -408,6 +422,7 @@ def compare_rivals(
     compute: Compute,
     *,
     seeds: int,
+    search_seeds: int,
     epochs: int,
     only: Sequence[str],
     threads: int,
@@ -422,7 +437,7 @@ def compare_rivals(
     tried, further = dict[str, tuple[float, ...]](), first_rates(only)
     while further != tried:
         tried = further
-        searched = search_runs(model, dataset, tried, epochs=epochs, threads=threads)
+        searched = search_runs(model, dataset, tried, seeds=search_seeds, epochs=epochs, threads=threads)
         search_names = [name for name, _ in searched]
         search = compute(search_names, [config for _, config in searched])
         rates = chosen_rates(search_names, search)
