@@ -320,6 +320,27 @@ def test_what_is_said_of_the_relaxation_from_zero_is_in_the_kept_results() -> No
     )
 
 
+def test_what_two_gpus_say_of_svhn_differs_by_rounding_and_by_what_training_makes_of_it() -> None:
+    h100, h200 = (
+        {run.config.id: run for run in read_lines(RESULTS / f"appendix-c-svhn{more}" / "runs.jsonl").runs}
+        for more in ("-from-zero", "")
+    )
+    both = h100.keys() & h200.keys()
+    assert len(both) == 20
+    farthest = {"backprop": 0.0, "ar": 0.0}
+    for run in both:
+        one, other = h100[run], h200[run]
+        assert "H100" in one.environment["gpu"]
+        assert "H200" in other.environment["gpu"]
+        assert one.metrics[0].train_loss == pytest.approx(other.metrics[0].train_loss, rel=2e-6)
+        difference = 100 * abs(one.metrics[-1].test_accuracy - other.metrics[-1].test_accuracy)
+        farthest[one.config.rule] = max(farthest[one.config.rule], difference)
+    assert (
+        f"single accuracies differ by up to {farthest['ar']:.0f} points; backpropagation's differ by "
+        f"{farthest['backprop']:.1f}" in TEXT["results/cnns"]
+    )
+
+
 def test_how_far_the_cnn_is_from_convergence_is_as_its_page_says() -> None:
     lines = csv.DictReader((RESULTS / "convergence-cnn" / "convergence.csv").read_text().splitlines())
     first = [line for line in lines if line["parameter"] == "convolutional.conv1.weight" and line["steps"] == "100"]
