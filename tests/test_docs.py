@@ -332,7 +332,7 @@ def test_what_two_gpus_say_of_svhn_differs_by_rounding_and_by_what_training_make
         one, other = h100[run], h200[run]
         assert "H100" in one.environment["gpu"]
         assert "H200" in other.environment["gpu"]
-        assert one.metrics[0].train_loss == pytest.approx(other.metrics[0].train_loss, rel=2e-6)
+        assert one.metrics[0].train_loss == pytest.approx(other.metrics[0].train_loss, rel=1e-5)
         difference = 100 * abs(one.metrics[-1].test_accuracy - other.metrics[-1].test_accuracy)
         farthest[one.config.rule] = max(farthest[one.config.rule], difference)
     assert (
