@@ -24,6 +24,7 @@ from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.experiments import rules
 from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.rules import GRID, RIVALS
+from relaxprop.lab.models import ModelError, ModelName
 from relaxprop.lab.results import EpochMetrics, FinishedRun
 from relaxprop.lab.rules import OTHERS, called
 from relaxprop.lab.store import read_run
@@ -314,6 +315,27 @@ def test_costs_are_measured_in_turn_and_change_no_weights(digits: Dataset) -> No
     assert found["backprop"] == 1
     assert found["pc"] > 3  # twenty runs of the model
     assert torch.get_num_threads() == threads
+
+
+def test_what_runs_away_at_the_start_is_not_compared(digits: Dataset, tmp_path: Path) -> None:
+    config = RunConfig(rule="pc", rule_options={"step_size": 1.9, "num_steps": 20})
+    with refuses(ModelError, "rule pc (step_size=1.9, num_steps=20) cannot be compared on digits", "of the MLP"):
+        rules.check_stable(config, digits)
+    rules.check_stable(config.model_copy(update={"rule_options": {"step_size": 0.1, "num_steps": 20}}), digits)
+
+
+@pytest.mark.parametrize("size", [(1, 8, 8), (1, 28, 28), (3, 32, 32)], ids=str)
+@pytest.mark.parametrize("model", rules.MODELS)
+def test_activities_rest_nowhere_near_the_edge_of_stability(model: ModelName, size: tuple[int, int, int]) -> None:
+    """Of every rule whose activities move, on images of each size, at steps a quarter longer too."""
+    images = torch.rand(64, *size, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(64) % 10)
+    dataset = Dataset("pictures", tuple("0123456789"), split, split)
+    for name in rules.MOVING:
+        ((_, config),) = rules.search_runs(model, dataset, {name: GRID[:1]}, seeds=1, epochs=1)
+        rules.check_stable(config, dataset)
+        longer = rules.STEPS[model] | {"step_size": 1.25 * rules.STEPS[model]["step_size"]}
+        rules.check_stable(config.model_copy(update={"rule_options": config.rule_options | longer}), dataset)
 
 
 def test_what_runs_away_has_a_cost_too(digits: Dataset) -> None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from relaxprop import describe_locality, mirror_weights
+from relaxprop import DivergedError, NonFiniteStateError, describe_locality, mirror_weights
 from relaxprop.lab import models
 from relaxprop.lab.bench.measuring import Step, interleaved, ratio, training_step, warm
 from relaxprop.lab.config import RunConfig
@@ -48,7 +48,13 @@ FIRST_SEARCH_SEED = 1000  # none of the seeds that are compared
 SEARCH_SEEDS = 3
 HELD_OUT = 5  # one of so many training images
 SEARCH = "search.jsonl"
-STEPS = {"step_size": 0.2, "num_steps": 20}
+# Of the rules whose activities move. The larger the weights are, the smaller are the steps that are stable: on the CNN
+# steps of 0.2 run away in every phase.
+STEPS: dict[ModelName, dict[str, Any]] = {
+    "mlp": {"step_size": 0.2, "num_steps": 20},
+    "cnn": {"step_size": 0.1, "num_steps": 20},
+}
+MOVING = ("pc", "ep")
 EPOCHS, SEEDS = 8, 5
 ROUNDS = 15  # of measured training steps
 
@@ -65,8 +71,8 @@ RIVALS: dict[str, Rival] = {
     REFERENCE: Rival("Backpropagation", rule="backprop"),
     "ar": Rival("Activation Relaxation"),
     "fixed": Rival("predictive coding, fixed predictions", initial="zero"),
-    "pc": Rival("predictive coding, strict", rule="pc", rule_options=STEPS),
-    "ep": Rival("equilibrium propagation, centred", rule="ep", rule_options=STEPS | {"beta": 0.1}),
+    "pc": Rival("predictive coding, strict", rule="pc"),
+    "ep": Rival("equilibrium propagation, centred", rule="ep", rule_options={"beta": 0.1}),
     "FA": Rival("feedback alignment", feedback={"all": "random"}, claim="worse"),
     "ψ": Rival("learned ψ", feedback={"all": "learned"}),
     "mirror": Rival("weight mirror", feedback={"all": "mirror"}),
@@ -174,7 +180,7 @@ def _run(
         data=dataset.digest,
         model=model,
         rule=rival.rule,
-        rule_options=dict(rival.rule_options),
+        rule_options={**(STEPS[model] if rival.rule in MOVING else {}), **rival.rule_options},
         initial=rival.initial,
         feedback=dict(rival.feedback),
         seed=seed,
@@ -197,17 +203,43 @@ def not_local(config: RunConfig, dataset: Dataset) -> list[str]:
 
 def costs(configs: Mapping[str, RunConfig], dataset: Dataset) -> dict[str, float]:
     """The time of a training step over backpropagation's, in turn on one minibatch; by the name of the condition."""
-    steps = {name: _training_step(config, dataset.enlarged(config.enlarged)) for name, config in configs.items()}
+    steps = {name: _training_step(config, dataset) for name, config in configs.items()}
     with limited_threads(configs[REFERENCE].threads), expected_transients():
         warm(steps)
         times = interleaved(steps, rounds=ROUNDS)
     return {name: ratio(times, name, REFERENCE) for name in steps}
 
 
+def check_stable(config: RunConfig, dataset: Dataset) -> None:
+    """Refuse a rule whose states run away before anything is learned: it could be compared with nothing.
+
+    Raises:
+        ModelError: if they do, on the first minibatch, at the initial weights.
+    """
+    _, loss = _on_a_minibatch(config, dataset, check_finite=True)
+    try:
+        with expected_transients():
+            loss().backward()  # type: ignore[no-untyped-call]
+    except (DivergedError, NonFiniteStateError) as error:
+        options = ", ".join(f"{name}={value}" for name, value in config.rule_options.items())
+        raise models.ModelError(
+            f"rule {config.rule} ({options}) cannot be compared on {dataset.name}: at the initial weights of the "
+            f"{config.model.upper()}, {error}"
+        ) from error
+
+
 def _training_step(config: RunConfig, dataset: Dataset) -> Step:
-    network = models.build(config.model, dataset, seed=0, feedback=config.feedback, dropped=config.dropped)
     # As in a grid, where states that run away are a bad result, and no error.
-    trained: Any = network if config.rule == "backprop" else wrapped_by(config, network, check_finite=False)
+    return training_step(*_on_a_minibatch(config, dataset, check_finite=False))
+
+
+def _on_a_minibatch(
+    config: RunConfig, dataset: Dataset, *, check_finite: bool
+) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A network, and what computes its loss on the first minibatch."""
+    dataset = dataset.enlarged(config.enlarged)
+    network = models.build(config.model, dataset, seed=0, feedback=config.feedback, dropped=config.dropped)
+    trained: Any = network if config.rule == "backprop" else wrapped_by(config, network, check_finite=check_finite)
     images, labels = dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
     targets = functional.one_hot(labels, len(dataset.classes)).to(images.dtype)
     more, loss_of = called(config.rule, measured_by(config), targets, labels)
@@ -217,7 +249,7 @@ def _training_step(config: RunConfig, dataset: Dataset) -> Step:
             mirror_weights(trained)
         return loss_of(trained(images, **more))
 
-    return training_step(network, loss)
+    return network, loss
 
 
 class Row(NamedTuple):
@@ -435,6 +467,8 @@ def compare_rivals(
         compute: gives the metrics of runs, whose conditions it is told.
     """
     tried, further = dict[str, tuple[float, ...]](), first_rates(only)
+    for name in further:
+        check_stable(_run(name, model, dataset, epochs, threads, 0, FIRST[0]), dataset)
     while further != tried:
         tried = further
         searched = search_runs(model, dataset, tried, seeds=search_seeds, epochs=epochs, threads=threads)
