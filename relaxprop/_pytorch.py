@@ -48,6 +48,7 @@ __all__ = [
     "hook_accumulated",
     "hook_arrived",
     "hook_calls",
+    "hooks_on_all_backward",
     "hooks_on_all_modules",
     "hooks_registered",
     "in_forward_mode",
@@ -446,6 +447,12 @@ def hooks_on_all_modules() -> bool:
     """Whether there are hooks that PyTorch runs at every module's call. They can be registered in public, but not
     seen."""
     return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def hooks_on_all_backward() -> list[Any]:
+    """The backward hooks that PyTorch runs for every module. They can be registered in public, but not seen."""
+    every = torch.nn.modules.module
+    return [*every._global_backward_pre_hooks.values(), *every._global_backward_hooks.values()]
 
 
 def hook_calls(modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:

@@ -66,6 +66,22 @@ class Cut(NamedTuple):
     reports: bool = False
 
 
+class _Cut(NamedTuple):
+    """A vertex as it was cut.
+
+    Attributes:
+        vertex: which.
+        version: of its output, then.
+        handed: what the model goes on with.
+        in_place: whether its module has returned what it was given.
+    """
+
+    vertex: Vertex
+    version: int
+    handed: HandedOn
+    in_place: bool
+
+
 @dataclass
 class Writes:
     """What earlier passes have shown of a model's writes in place, so that only what is written to is copied.
@@ -136,7 +152,7 @@ class Arguments:
         self._stand_ins: dict[int, Tensor] = {}  # by the id of the input: one that is given twice is the same
         for x in [x for given in (*args, *kwargs.values()) for x in tensors_in(given)]:
             if (x.requires_grad or (relax and x.is_floating_point())) and id(x) not in self._stand_ins:
-                self._stand_ins[id(x)] = stand_in = x.detach().requires_grad_()
+                self._stand_ins[id(x)] = stand_in = _with_attributes_of(x, x.detach().requires_grad_())
                 self.inputs[id(stand_in)] = x, stand_in
 
     @contextmanager
@@ -225,7 +241,11 @@ class Run:
 
     Attributes:
         vertices: in the order in which they were computed.
-        outputs: the tensors of the result that require grad.
+        result: the model's.
+        shown: the tensors of the result that require grad, each once, and what the model wrote into inputs; without
+            inputs that it hands back as they are.
+        outputs: what stands for these in the graph.
+        written: the inputs that the model wrote into, and what it made of each, which is among ``shown``.
         calls: how often each vertex's module, or each operation, was called.
         within: the operations within the modules that are vertices, where the cut reports.
         other_hooks: whether hooks were registered that are not on tensors, where that was watched.
@@ -245,7 +265,9 @@ class Run:
         self.values = values
         self.written_down = written_down
         self.vertices: list[Vertex] = []
+        self.shown: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
         self.layers: list[Layer] = []
         self.noted: list[HandedOn] = []
         self.switches: list[Node] = []
@@ -255,6 +277,7 @@ class Run:
         self.model = ""  # the name of its class
         self.begins: object = None
         self.other_hooks = False
+        self._cuts: list[_Cut] = []
         self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
@@ -300,11 +323,83 @@ class Run:
             raise
         finally:
             recorded_switches.reset(token)
+        if arguments.inputs:
+            self.written = self._written(arguments)
+            result = map_tensors(lambda x: x if (own := self._given(arguments, x)) is None else own, result)
+        shown = {id(x): x for x in tensors_requiring_grad(result)}
+        if arguments.inputs:
+            for x, _ in arguments.inputs.values():  # which its gradient reaches without this pass
+                shown.pop(id(x), None)
+            shown |= {id(x): x for _, x in self.written}
         if cut.output:
             part = itertools.count()
-            result = map_requiring_grad(lambda x: self._vertex(x, "output", f"output[{next(part)}]"), result)
-        self.outputs = [self._own(x) for x in tensors_requiring_grad(result)]
+            relaxed = {key: self._vertex(x, "output", f"output[{next(part)}]") for key, x in shown.items()}
+            result = map_requiring_grad(lambda x: relaxed.get(id(x), x), result)
+            shown = {id(x): x for x in relaxed.values()}
+        self.shown = [*shown.values()]
+        self.outputs = [self._own(x) for x in self.shown]
+        self._refuse_aliases()
         return result
+
+    def _refuse_aliases(self) -> None:
+        """Refuse a model that has what a vertex's module returned under another name too, and writes into one of the
+        two: the other one does not change with it, as the graph is cut between them.
+
+        Raises:
+            ValueError: if it has.
+        """
+        for vertex, then, handed, in_place in self._cuts:
+            output, was_written = vertex.output, version(handed.tensor) != handed.version
+            if version(output) == then or (handed.tensor is handed.stand_in and was_written):
+                # Under no other name, so far as the graph tells. A later pass has a copy of what was only read so far.
+                if not (in_place and was_written and self._is_read(output)):
+                    continue
+            elif not was_written and torch.equal(output.detach(), handed.tensor.detach()):
+                continue  # another part of the same memory
+            raise ValueError(
+                f"{self.model} writes in place into what the vertex {vertex.name!r} has computed, and reads it under "
+                "another name too (the module has returned its own input, a view of it, or one tensor twice): let the "
+                "model write into a copy (x = x + y for x += y, inplace=False), or pass solver=Equilibrium(), which "
+                "cuts nothing in training"
+            )
+
+    def _is_read(self, output: Tensor) -> bool:
+        """Whether anything was computed from the vertex's output before the cut."""
+        if self.begins == self.writes.watched:
+            return False  # it has been looked at
+        ends = [get_gradient_edge(x).node for x in (*self.outputs, *self.shown, *(c.vertex.output for c in self._cuts))]
+        seen, stack = set[Node](), [node for node in ends if node is not output.grad_fn]
+        while stack:
+            node = stack.pop()
+            for source, _ in node.next_functions:
+                if source is output.grad_fn:
+                    return True
+                if source is not None and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return False
+
+    def _written(self, arguments: Arguments) -> list[tuple[Tensor, Tensor]]:
+        """The inputs that the model wrote into, as the caller knows them, and what it made of them.
+
+        Raises:
+            ValueError: if the model is to be run again on them, or has made something else of them than numbers.
+        """
+        found = []
+        for handed in self.handed_on.values():
+            if id(handed.stand_in) not in arguments.inputs or version(handed.tensor) == handed.version:
+                continue
+            given, _ = arguments.inputs[id(handed.stand_in)]
+            what = f"{self.model} writes in place into an input of shape {tuple(given.shape)}"
+            if self.cut.reruns:
+                raise ValueError(
+                    f"frozen: {what}, so it cannot be run again on it, as what is unfrozen needs: let the model work "
+                    "on a copy (x = x.clone())"
+                )
+            if handed.tensor.shape != given.shape or not handed.tensor.requires_grad:
+                raise ValueError(f"{what} and changes more than its numbers: let it work on a copy (x = x.clone())")
+            found.append((given, handed.tensor))
+        return found
 
     def linearisation(self) -> Linearisation:
         """Where this run takes its Jacobians, by the vertices of the feedforward pass."""
@@ -345,11 +440,18 @@ class Run:
         origin = self.cut.modules[module]
         name = self._called(origin)
         if isinstance(output, Tensor):
-            return self._vertex(output, origin, name)
+            return self._vertex(output, origin, name, in_place=any(x is output for x in args))
         part = itertools.count()
-        return map_tensors(lambda x: self._vertex(x, origin, f"{name}[{next(part)}]"), output)
+        handed: dict[int, Tensor] = {}  # what is returned twice stays the same
 
-    def _vertex(self, output: Tensor, origin: str, name: str) -> Tensor:
+        def cut(x: Tensor) -> Tensor:
+            if id(x) not in handed:
+                handed[id(x)] = self._vertex(x, origin, f"{name}[{next(part)}]")
+            return handed[id(x)]
+
+        return map_tensors(cut, output)
+
+    def _vertex(self, output: Tensor, origin: str, name: str, *, in_place: bool = False) -> Tensor:
         if not output.requires_grad:
             return output  # it was computed from nothing that is trained
         if (handed := self.handed_on.get(id(output))) is not None and not handed.overwritten:
@@ -367,14 +469,19 @@ class Run:
                 "leave checkpointing out where something is unfrozen"
             )
         refuse_nested_differentiation(self.model)
-        stand_in = value.detach().requires_grad_()
-        self.vertices.append(Vertex(name, output, stand_in))
-        return self._hand_on(stand_in, origin)
+        stand_in = _with_attributes_of(output, value.detach().requires_grad_())
+        vertex = Vertex(name, output, stand_in)
+        self.vertices.append(vertex)
+        tensor = self._hand_on(stand_in, origin)
+        if self.values is None:
+            self._cuts.append(_Cut(vertex, version(output), self.handed_on[id(tensor)], in_place))
+        return tensor
 
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:
         if self.values is None:  # no user ever sees what a later run computes
             mark(stand_in, origin, self._module)
-        tensor = stand_in.clone() if self.writes.into.get(origin, True) else stand_in
+        copied = self.writes.into.get(origin, True)
+        tensor = _with_attributes_of(stand_in, stand_in.clone()) if copied else stand_in
         self.handed_on[id(tensor)] = HandedOn(origin, tensor, stand_in, version(tensor))
         if self.written_down is not None:
             is_vertex = bool(self.vertices) and self.vertices[-1].stand_in is stand_in
@@ -392,6 +499,13 @@ class Run:
         """The vertex's own stand-in where the output is an untouched copy of it."""
         handed = self.handed_on.get(id(output))
         return output if handed is None or handed.overwritten else handed.stand_in
+
+
+def _with_attributes_of(tensor: Tensor, stand_in: Tensor) -> Tensor:
+    """The stand-in, with what a model has noted on the tensor as attributes of its own."""
+    if not torch.compiler.is_compiling() and (own := vars(tensor)):  # a compiler traces no such thing
+        vars(stand_in).update(own)
+    return stand_in
 
 
 def other_path() -> RuntimeError:

@@ -122,6 +122,8 @@ class Graph:
             vertices upstream first.
         depth: D, the number of vertices on the longest path.
         read: the leaf tensors that the outputs were computed from, vertices aside: parameters and inputs, by their id.
+        ends: by the same ids, where their gradients arrive. (A tensor that was given other data of another type since
+            does not know it any more.)
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class Graph:
         """Longest paths through the autograd graph joined at its cuts, in time linear in its size."""
         vertex_of = {id(v.stand_in): v for v in self.recorded}
         read: dict[int, Tensor] = {}
+        ends: dict[int, GradientEdge] = {}
         inputs_of: dict[_Place, list[_Place]] = {}
         upstream: dict[_Place, int] = {}
         stack = [_place(output, vertex_of) for output in outputs]
@@ -173,7 +176,7 @@ class Graph:
             place = stack[-1]
             inputs = inputs_of.get(place)
             if inputs is None:
-                inputs_of[place] = inputs = _inputs_of(place, vertex_of, read)
+                inputs_of[place] = inputs = _inputs_of(place, vertex_of, read, ends)
                 if inputs:
                     stack += inputs
                     continue
@@ -188,7 +191,7 @@ class Graph:
                 place.upstream = longest
                 longest += 1
             upstream[place] = longest
-        self.read = read
+        self.read, self.ends = read, ends
         self._pieces = None
         self._inputs = inputs_of
         self._upstream = upstream  # a place's inputs stand before it
@@ -272,6 +275,14 @@ class Graph:
                 seen.add(place)
                 stack += self._inputs[place]
         return list(found)
+
+    def is_between(self, place: int) -> bool:
+        """Whether other outputs, which the loss depends on, were computed from the one at this place."""
+        if all(g is None for i, g in enumerate(self._output_cotangents) if i != place):
+            return False
+        output = self.stored.outputs[place]
+        stand_in = next((v for v in self.recorded if v.stand_in is output), None)
+        return any((stand_in or output.grad_fn) in inputs for inputs in self._inputs.values())
 
     def __contains__(self, node: Node) -> bool:
         """Whether any output was computed by the node of PyTorch's graph."""
@@ -450,10 +461,13 @@ def _within_range(x: Tensor) -> Tensor:
     return x.masked_fill(x.abs() > math.sqrt(torch.finfo(x.dtype).max), 0)
 
 
-def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor]) -> list[_Place]:
+def _inputs_of(
+    place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, Tensor], ends: dict[int, GradientEdge]
+) -> list[_Place]:
     """What a place was computed from directly.
 
-    Vertices, by the id of their stand-in, join the graph where it was cut. The other leaf tensors go into ``read``.
+    Vertices, by the id of their stand-in, join the graph where it was cut. The other leaf tensors go into ``read``, and
+    their nodes into ``ends``.
     """
     if type(place) is Vertex:
         return [_place(place.output, vertex_of)]
@@ -465,6 +479,7 @@ def _inputs_of(place: _Place, vertex_of: Mapping[int, Vertex], read: dict[int, T
             vertex = vertex_of.get(id(variable))
             if vertex is None:
                 read[id(variable)] = variable
+                ends[id(variable)] = GradientEdge(node, 0)
             else:
                 inputs.append(vertex)
         elif node is not None:

@@ -8,16 +8,24 @@ May import: _pytorch, graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from relaxprop._pytorch import accumulated_hooks, engine_calls, hook_accumulated, is_leaf_node, leaf_of, tree_leaves
+from relaxprop._pytorch import (
+    accumulated_hooks,
+    arrived_hooks,
+    engine_calls,
+    hook_accumulated,
+    is_leaf_node,
+    leaf_of,
+    tree_leaves,
+)
 from relaxprop.graph import Graph
 
 _STRUCTURE = frozenset(vars(nn.Module()))
@@ -57,13 +65,46 @@ def is_read_beside(phase: Node, graph: Graph, *, always: bool = True) -> bool:
             an activity to a parameter.
     """
     beside = False
+    looked_at = [y.output_nr for y in _handed_out(phase) if y.retains_grad or _has_hooks(y)]
     for outputs, wanted in engine_calls():
+        looked_at += [edge.output_nr for edge in map(_edge, wanted) if edge.node is phase]
         if wanted or always:
             nodes = list(_upstream(outputs, but_for=None if wanted else phase))
             if wanted and phase in nodes:
                 _refuse_activities(nodes)
             beside = beside or any(node in graph for node in nodes)
+    for place in looked_at:
+        if graph.is_between(place):
+            raise RuntimeError(
+                f"the gradient of a tensor of shape {tuple(graph.stored.outputs[place].shape)} that the model returned "
+                "is looked at (by a hook, retain_grad or torch.autograd.grad), and would be the part alone that the "
+                "loss reads there: the model has computed other results from it, which the relaxation phase passes as "
+                "one. Pass solver=Equilibrium(), which cuts nothing in training, or read keep_states=True's "
+                "last_relaxation.states"
+            )
     return beside
+
+
+def note_handed_out(outputs: Sequence[Tensor]) -> None:
+    """Notes on their node what the user gets of a pass, where it is more than one tensor."""
+    if len(outputs) > 1:
+        cast(Any, outputs[0].grad_fn).handed_out = [ReferenceType(y) for y in outputs]
+
+
+def _handed_out(phase: Node) -> list[Tensor]:
+    """That of it which is still there, and as it was."""
+    found = [y() for y in getattr(phase, "handed_out", ())]
+    return [y for y in found if y is not None and y.grad_fn is phase]
+
+
+def _has_hooks(y: Tensor) -> bool:
+    """Whether it has hooks other than PyTorch's own, which ask when a gradient arrives (FSDP's do)."""
+    hooks = (arrived_hooks(y) or {}).values()
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+
+
+def _edge(x: Tensor | GradientEdge) -> GradientEdge:
+    return get_gradient_edge(x) if isinstance(x, Tensor) else x
 
 
 def refuse_reading(loss: Tensor, graph: Graph | None = None) -> None:
@@ -116,7 +157,7 @@ def _mark_of(leaf: Tensor) -> partial[None] | None:
 
 def _upstream(tensors: Iterable[Tensor | GradientEdge], but_for: Node | None = None) -> Iterator[Node]:
     """The nodes of PyTorch's graph that the tensors were computed by, without what ``but_for`` reads."""
-    stack = [get_gradient_edge(x).node if isinstance(x, Tensor) else x.node for x in tensors]
+    stack = [_edge(x).node for x in tensors]
     seen = set[Node]()
     while stack:
         node = stack.pop()

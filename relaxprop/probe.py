@@ -117,7 +117,8 @@ def _product(update: Update, states: States) -> Gradients:
     graph, ends = update.graph, [*update.inputs, *update.parameters]
     cotangents = graph.cotangents(states, graph.stored)
     with without_hooks(ends):
-        return vector_jacobian_product(cotangents, [*(v.stand_in for v in graph.vertices), *ends])
+        onto = [graph.ends.get(id(x), x) for x in ends]
+        return vector_jacobian_product(cotangents, [*(v.stand_in for v in graph.vertices), *onto])
 
 
 def _made_up(vertex: Vertex) -> Tensor:

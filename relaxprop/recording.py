@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from relaxprop.cutting import Arguments, Cut, Run, Writes
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
-from relaxprop.kept import refuse_earlier
-from relaxprop.nested import tensors_requiring_grad
+from relaxprop.kept import note_handed_out, refuse_earlier
+from relaxprop.nested import map_requiring_grad
 from relaxprop.rerun import Rerun
 from relaxprop.sight import changing, hooked, warn_of_other_hooks
 from relaxprop.unrelaxed import operations, scripted
@@ -34,8 +34,10 @@ class Recording(NamedTuple):
         update: equation (2) on it.
         result: the model's result, its tensors still attached to the graph.
         given: the tensors that a gradient is wanted for, as the user knows them: inputs, then parameters.
-        shown: the tensors in the result that require grad, one for each output of the graph: what the user gets, where
-            a write that PyTorch does not count (``x.data``) makes it differ from x̄.
+        shown: one for each output of the graph: the tensors in the result that require grad, and what the model wrote
+            into inputs. The user gets their numbers, where a write that PyTorch does not count (``x.data``) makes these
+            differ from x̄.
+        written: the inputs that were written into, as the user knows them, and what was made of each.
         called: whether any vertex's module, or any operation that is a vertex, was called.
         uncalled: the names of the vertices' modules that were not.
         unrelaxed: these, and the names of scripted parts and nonlinear operations that no vertex stands for; only where
@@ -47,9 +49,22 @@ class Recording(NamedTuple):
     result: Any
     given: list[Tensor]
     shown: list[Tensor]
+    written: list[tuple[Tensor, Tensor]]
     called: bool
     uncalled: Sequence[str]
     unrelaxed: tuple[str, ...] | None
+
+    def replaced(self, outputs: Sequence[Tensor]) -> Any:
+        """The model's result with these in the place of ``shown``."""
+        instead = {id(x): y for x, y in zip(self.shown, outputs, strict=True)}
+        return map_requiring_grad(lambda x: instead.get(id(x), x), self.result)
+
+    def handed_out(self, outputs: Sequence[Tensor]) -> Any:
+        """The same for the user, whose inputs have what the model wrote into them, as it would have without a cut."""
+        note_handed_out(outputs)
+        by_id = {id(x): y for x, y in zip(self.shown, outputs, strict=True)}
+        own = {id(x): given.copy_(by_id[id(x)]) for given, x in self.written}
+        return self.replaced([own.get(id(x), y) for x, y in zip(self.shown, outputs, strict=True)])
 
 
 def record(
@@ -131,7 +146,8 @@ def record(
         Update(graph, frozen, [stand_in for _, stand_in in inputs], parameters, rerun),
         result,
         given=[given for given, _ in inputs] + parameters,
-        shown=tensors_requiring_grad(result),
+        shown=run.shown,
+        written=run.written,
         called=bool(run.calls),
         uncalled=uncalled,
         unrelaxed=(*uncalled, *scripted(parts, modules), *_operations(run)) if looks else None,

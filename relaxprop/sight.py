@@ -23,6 +23,7 @@ from relaxprop._pytorch import (
     arrived_hooks,
     asks_for_node,
     backward_hooks,
+    hooks_on_all_backward,
     in_forward_mode,
     in_transform,
     is_leaf_node,
@@ -174,8 +175,14 @@ def hooked(parts: Mapping[nn.Module, str], vertices: Collection[nn.Module], *, e
         each: whether every operation is a vertex.
 
     Raises:
-        ValueError: if a vertex is cut between such a module's output and its input.
+        ValueError: if a vertex is cut between such a module's output and its input, or all modules have such a hook.
     """
+    if everywhere := hooks_on_all_backward():
+        names = " and ".join(map(_name, everywhere))
+        raise cut_off(
+            f"all modules have a full backward hook, {names} (register_module_full_backward_hook), which would see "
+            "products with A in the place of gradients"
+        )
     found = with_backward_hooks(parts)
     for module in found:
         if each or module in vertices:

@@ -25,7 +25,7 @@ from relaxprop.finite import GradientCheck, check_finite, in_float16
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
-from relaxprop.nested import map_requiring_grad, tensors_reached
+from relaxprop.nested import tensors_in, tensors_reached
 from relaxprop.operations import EachOperation
 from relaxprop.recording import InitialState, OutputRule, Recording, record
 from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
@@ -261,10 +261,8 @@ class ActivationRelaxation(LearningRule):
         report = settings.report_unrelaxed
         relaxed = partial(self._relaxed, unrelaxed=recording.unrelaxed) if report else self._relaxed
         beside = self._is_read_beside if first or self._read_beside else partial(is_read_beside, always=False)
-        outputs = iter(
-            RelaxationPhase.apply(recording.update, solve, relaxed, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
-        )
-        return map_requiring_grad(lambda _: next(outputs), recording.result)
+        outputs = RelaxationPhase.apply(recording.update, solve, relaxed, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+        return recording.handed_out(outputs)
 
     @property
     def _steps_run_model(self) -> bool:
@@ -357,7 +355,8 @@ class ActivationRelaxation(LearningRule):
         each = settings.check_finite and are_operations(settings.vertices)
         with Hooked(vertices, at_vertex), EachOperation(watch) if each else nullcontext():
             result = self.module(*args, **kwargs)
-        outputs = {id(t): t for t in tensors_reached(result)}
+        given = {id(x) for x in tensors_in((args, kwargs))}  # an input that is handed back stays the caller's
+        outputs = {id(x): x for x in tensors_reached(result) if id(x) not in given}
         scaled = scaled or in_float16(outputs.values())
         if outputs and not self._told:
             vars(self)["_told"] = True

@@ -2,7 +2,7 @@ r"""How far a relaxation phase has converged: what is left of its initial state,
 
 Nothing here changes the model, as in `inspect.alignment`.
 
-May import: derivatives, feedback, frozen, graph, inspect.alignment, inspect.model, kept, nested, solvers, transients,
+May import: derivatives, feedback, frozen, graph, inspect.alignment, inspect.model, kept, solvers, transients,
 update, wrapper.
 """
 
@@ -25,7 +25,6 @@ from relaxprop.graph import Graph, States
 from relaxprop.inspect.alignment import numbers
 from relaxprop.inspect.model import LossFunction, SamePass, check_loss_function, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
-from relaxprop.nested import map_requiring_grad
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
 from relaxprop.update import gradients
@@ -185,9 +184,7 @@ def _driven_graph(
     with same_pass():
         recording = model.record(inputs, kwargs)
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]
-    replacements = iter(outputs)
-    result = map_requiring_grad(lambda _: next(replacements), recording.result)
-    loss = scalar(loss_fn(result))
+    loss = scalar(loss_fn(recording.replaced(outputs)))
     refuse_reading(loss, recording.graph)
     recording.graph.drive_outputs(torch.autograd.grad(loss, outputs, allow_unused=True))
     return recording.graph, {name: names[name] for name in exact}, exact

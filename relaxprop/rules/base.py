@@ -8,7 +8,7 @@ PyTorch's engine, what equation (2) makes of the states:
 
 An error never passes a vertex there, so that a layer's update reads the state of the next vertex and its own input.
 
-May import: finite, graph, kept, nested, recording, relaxation, rule, vertices.
+May import: finite, graph, kept, recording, relaxation, rule, vertices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from relaxprop.finite import check_states
 from relaxprop.graph import Graph, States
 from relaxprop.kept import is_read_beside
-from relaxprop.nested import map_requiring_grad
 from relaxprop.recording import Recording, record
 from relaxprop.relaxation import RelaxationPhase
 from relaxprop.rule import LearningRule, kept_vertices, rule_of, shown, tell_missing
@@ -170,10 +169,8 @@ class Rule(LearningRule):
             solve = partial(self._probe_and_solve, solve, recording.update)
             self._warn_of_compiled(recording.graph)
         beside = self._is_read_beside if first or self._read_beside else partial(is_read_beside, always=False)
-        outputs = iter(
-            RelaxationPhase.apply(update, solve, self._finished, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
-        )
-        return map_requiring_grad(lambda _: next(outputs), recording.result)
+        outputs = RelaxationPhase.apply(update, solve, self._finished, beside, recording.shown, *recording.given)  # type: ignore[no-untyped-call]
+        return recording.handed_out(outputs)
 
     def _finished(self, graph: Graph, states: States, phase: Phase) -> None:
         """What follows a phase, before the weight update."""

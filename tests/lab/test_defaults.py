@@ -26,8 +26,8 @@ def test_what_is_written(tmp_path: Path) -> None:
     found = defaults.measure([setting], seeds=2, minibatches=3, on_run=lambda: told.append(None))
     assert len(found) == len(told) == 2 * len(RULES)
     paths = defaults.write(found, 3, tmp_path, "relaxprop defaults")
-    assert [path.name for path in paths] == ["table.md", "runs.jsonl"]
-    head, *lines = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert [path.name for path in paths] == ["table.md", "losses.jsonl"]
+    head, *lines = map(json.loads, (tmp_path / "losses.jsonl").read_text().splitlines())
     assert (head["command"], head["minibatches"], len(lines)) == ("relaxprop defaults", 3, len(found))
     header, (row,) = defaults.table(found)
     assert row[:3] == list(setting)

@@ -288,6 +288,10 @@ def test_what_cannot_be_paired_is_refused(folder: Path, directories: Path, tmp_p
     status, said = invoke("compare", "e", "baseline", folder)
     assert status == 2
     assert "no run is 'e'; conditions here are a, b, backprop, baseline, c, d" in said
+    name = next(directories.iterdir()).name
+    status, said = invoke("compare", name, "baseline", directories)
+    assert status == 2
+    assert f"'{name}' is the name of a run, and A is a condition or FIELD=VALUE" in " ".join(said.split())
     for field, value in (("data", "0123456789"), ("epochs", 1)):
         changed = [json.loads(line) for line in lines[1:]]
         for line in changed:
@@ -469,6 +473,14 @@ def test_the_condition_of_a_run_is_known_from_its_description(figure: paper.Figu
 
 RESULTS = Path(__file__).parents[2] / "results"  # not there without a clone
 KEPT = sorted([*RESULTS.glob("figure*/runs.jsonl"), *RESULTS.glob("unfinished/*/runs.jsonl")])
+
+
+@pytest.mark.skipif(not RESULTS.is_dir(), reason="the kept results are in the repository")
+def test_all_kept_results_can_be_read_at_once() -> None:
+    """As the site shows it: `relaxprop export runs results`."""
+    found = find([RESULTS])
+    assert found.unreadable == []
+    assert len(found.runs) > 800
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.parent.name)

@@ -71,7 +71,7 @@ def runs(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     kept = [i for i, width in enumerate(widths) if i != 1 or width > len(rows[0][1]) or any(r[1] for r in rows[1:])]
     lines = ["  ".join(row[i].ljust(widths[i]) for i in kept).rstrip() for row in rows]
-    typer.echo("\n".join([*lines, f"{len(chosen):,} runs"]))
+    typer.echo("\n".join([*lines, f"{len(chosen):,} run{'s' * (len(chosen) != 1)}"]))
 
 
 def export(
@@ -89,7 +89,11 @@ def export(
     check_writable(path.parent)
     table = epochs_table(chosen)
     write_table(table, path, kind)
-    console.print(f"{path}: {table.num_rows:,} epochs of {len(chosen):,} runs", soft_wrap=True, highlight=False)
+    console.print(
+        f"{path}: {table.num_rows:,} epochs of {len(chosen):,} run{'s' * (len(chosen) != 1)}",
+        soft_wrap=True,
+        highlight=False,
+    )
     if alignment:
         measured = alignment_table(chosen)
         beside = path.with_name(f"{path.stem}-alignment{path.suffix}")
@@ -118,6 +122,8 @@ def compare(
                 side = records.where(side, condition)
             if not side:
                 known = sorted({run.condition for run in chosen if run.condition is not None})
+                if any(run.id == wanted for run in chosen):
+                    raise ValueError(f"{wanted!r} is the name of a run, and {what} is a condition or FIELD=VALUE")
                 raise ValueError(f"no run is {wanted!r}; conditions here are {', '.join(known)}")
             sides.append(side)
     try:

@@ -140,7 +140,12 @@ def first_sentence(lines: Sequence[Line]) -> str:
     not_ = f"{refuted} {'does' if refuted == 1 else 'do'} not hold here"
     do = f"{holds} {'holds' if holds == 1 else 'hold'}"
     open_ = f"{still} {'is' if still == 1 else 'are'} open"
-    return f"**Of the paper's {len(lines)} claims {not_}, {do}, and {open_}.**"
+    said = f"**Of the paper's {len(lines)} claims {not_}, {do}, and {open_}.**"
+    if after := sum(line.judgement.is_open_after_holm for line in lines):
+        said += (
+            f" Corrected for their number, {after} of those that are decided {'is' if after == 1 else 'are'} open too."
+        )
+    return said
 
 
 def _refuted(title: str, lines: Sequence[Line], found: Sequence[Source] = ()) -> list[str]:
@@ -235,8 +240,17 @@ def _commands(lines: Sequence[Line], to_come: Sequence[State]) -> str:
             command = next((s.command for s in to_come if _computes(s, line)), None) or _command(line)
             said.append(f"* to be computed by `{shown(command)}`")
         else:
-            said.append(f"* `{line.source.place}` is made by `{shown(line.source.command)}`")
+            said.append(f"* `{line.source.place}` is made by `{shown(line.source.command)}`{_on_gpus(line.source)}")
     return "\n".join(dict.fromkeys(said))
+
+
+def _on_gpus(source: Source) -> str:
+    """How many of the runs a GPU has computed, where its command does not say so."""
+    runs = source.figure.runs
+    on_gpu = sum(run.environment.get("gpu") is not None for run in runs)
+    if not on_gpu or "--device" in source.command:
+        return ""
+    return f" ({on_gpu} of its {len(runs)} runs with `--batched-seeds --device cuda`)"
 
 
 def _cells(line: Line, *, with_place: bool = False) -> tuple[str, ...]:

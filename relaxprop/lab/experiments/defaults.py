@@ -36,6 +36,7 @@ from relaxprop.lab.training import expected_transients
 
 DEPTHS = (1, 2, 3, 6, 12)
 BATCH = 64
+LOSSES = "losses.jsonl"
 LAST = 10  # minibatches that the last loss is averaged over
 WIDTH = 64
 RULES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -144,5 +145,5 @@ def write(found: Sequence[LastLoss], minibatches: int, folder: Path, command: st
     write_atomically(folder / "table.md", f"{markdown_table(header, rows)}\n{about}\n")
     kept = {"command": command, "environment": environment(), "minibatches": minibatches}
     lines = [json.dumps(kept), *(x.model_dump_json() for x in found)]
-    write_atomically(folder / "runs.jsonl", "".join(f"{line}\n" for line in lines))
-    return [folder / "table.md", folder / "runs.jsonl"]
+    write_atomically(folder / LOSSES, "".join(f"{line}\n" for line in lines))
+    return [folder / "table.md", folder / LOSSES]
