@@ -304,15 +304,17 @@ def test_the_closed_form_is_faster_than_its_steps_at_every_depth() -> None:
 def test_what_is_said_of_the_relaxation_from_zero_is_in_the_kept_results() -> None:
     text, readme = TEXT["results/cnns"], (ROOT / "README.md").read_text(encoding="utf-8")
     differences = {
-        dataset: {
+        figure: {
             name: 100 * row["paired_difference"]["mean"]
-            for name, row in kept(f"appendix-c-{dataset}-from-zero/summary.json")["results"].items()
+            for name, row in kept(f"{figure}-from-zero/summary.json")["results"].items()
             if name != "backprop"
         }
-        for dataset in ("svhn", "cifar100")
+        for figure in ("figure2", "appendix-c-svhn", "appendix-c-cifar100")
     }
-    svhn, cifar100 = differences["svhn"], differences["cifar100"]
-    assert f"From zero the difference on SVHN is {svhn['baseline, from zero']:.2f} points" in readme
+    cifar10, svhn, cifar100 = differences.values()
+    zero = "baseline, from zero"
+    assert f"difference is {cifar10[zero]:.2f} points on CIFAR-10, {svhn[zero]:.2f} on SVHN" in " ".join(readme.split())
+    assert f"differ by {cifar10[zero]:.2f} points from zero, and by {-cifar10['baseline']:.1f} from" in text
     assert f"where it is {-svhn['baseline']:.1f} points behind if it starts at the feedforward activities" in text
     assert (
         f"it is {-cifar100['baseline, from zero']:.1f} points behind backpropagation in place of "
