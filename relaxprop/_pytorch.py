@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "GRAPH_FREED",
     "LEAF_OVERWRITTEN",
+    "SAVED_OVERWRITTEN",
     "OperationMode",
     "accumulated_hooks",
     "arg_tree_leaves",
@@ -45,6 +46,7 @@ __all__ = [
     "engine_calls",
     "graph_is_kept",
     "has_hooks",
+    "higher_order",
     "hook_accumulated",
     "hook_arrived",
     "hook_calls",
@@ -83,6 +85,9 @@ __all__ = [
 
 LEAF_OVERWRITTEN = "a leaf Variable that requires grad is being used in an in-place operation"
 """What PyTorch says in a `RuntimeError` that has no class of its own."""
+
+SAVED_OVERWRITTEN = "has been modified by an inplace operation"
+"""Likewise."""
 
 GRAPH_FREED = "Trying to backward through the graph a second time"
 """Likewise."""
@@ -195,6 +200,11 @@ def hooks_registered() -> int:
     Those on a tensor can be registered in public, but not seen: what keeps them once the tensor is gone is the node.
     """
     return RemovableHandle.next_id
+
+
+def higher_order(function: Any) -> str | None:
+    """The name of an operator that takes functions, as torch.cond does. There is no public name of their class."""
+    return str(function.name()) if isinstance(function, torch._ops.HigherOrderOperator) else None
 
 
 def switches_gradients(func: Any) -> bool:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from relaxprop._pytorch import (
     arg_tree_leaves,
     base,
+    higher_order,
     in_transform,
     is_view,
     switches_gradients,
@@ -40,7 +41,8 @@ class EachOperation(TorchFunctionMode):
         model: the name of the model's class where the graph is cut there, None where it is not.
 
     Raises:
-        ValueError: within it, if the graph is cut and the model uses a transform of torch.func.
+        ValueError: within it, if the graph is cut and the model uses a transform of torch.func, or if the model calls
+            torch.cond or another operator of higher order.
     """
 
     def __init__(self, replace: Callable[[Tensor, str], Tensor], *, model: str | None = None) -> None:
@@ -65,6 +67,11 @@ class EachOperation(TorchFunctionMode):
             self._note_gradients(args[0])
         if self._in_function:
             return func(*args, **kwargs)
+        if (name := higher_order(func)) is not None:  # its backward fails where its branches are not compiled
+            raise ValueError(
+                f"the model calls torch.{name}, whose branches are compiled and announce no operations: pass "
+                "vertices='activations', or let the model choose by torch.where"
+            )
         transformed = in_transform()
         if transformed and self.model is not None:
             refuse_nested_differentiation(self.model)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from relaxprop._pytorch import GRAPH_FREED, backward_class
+from relaxprop._pytorch import GRAPH_FREED, SAVED_OVERWRITTEN, backward_class
 from relaxprop.derivatives import EitherWay
 from relaxprop.feedback import SendBack, SharedGradient
 from relaxprop.graph import Gradients, Graph, States, Vertex, vector_jacobian_product
@@ -60,6 +60,8 @@ def check_repeatable(module: nn.Module, update: Update) -> bool:
     except (torch.OutOfMemoryError, CutOffError):
         raise
     except Exception as error:  # the model's own code runs there, which may raise anything
+        if SAVED_OVERWRITTEN in str(error):  # as without the wrapper
+            raise
         reason, cause = f"fails when it is taken again ({type(error).__name__}: {error})", error
         if GRAPH_FREED in str(error):
             reason = (

@@ -101,7 +101,7 @@ class Sight(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DIFFERENTIATING:
+        if func in _DIFFERENTIATING and not in_transform():  # where nothing is cut
             if self._meets_a_vertex((args, kwargs)):
                 raise cut_off(f"{self.model} calls {func.__name__} in its forward pass, which would end at a vertex")
         elif func is Tensor.retain_grad:

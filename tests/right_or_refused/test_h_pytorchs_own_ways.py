@@ -24,9 +24,11 @@ from relaxprop import (
     UnconvergedWarning,
     use_feedback,
 )
+from tests.compare import refuses
 from tests.right_or_refused.verdicts import (
     REFUSALS,
     Found,
+    assert_same,
     check_refused,
     gradients,
     named_gradients,
@@ -478,3 +480,87 @@ def test_what_is_left_of_a_masks_least_number_is_told() -> None:
     model = ActivationRelaxation(MaskedLoss("least number"), solver=ClosedForm(0.5, 62), vertices="modules")
     with pytest.warns(UnconvergedWarning, match=r"of the final state of vertex .* is left of the initial state"):
         model(batch(), torch.tensor([0, 2, 0])).backward()
+
+
+# ------------------------------------------------------------------------------- what runs a model's function by itself
+
+
+class Calls(Net):
+    """A network whose first activity goes through a function beside it."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.cortex(self.retina(x))
+        y: Tensor = self.readout(self.motor(self.relay(h))) + self.function(self, x, h)
+        return y
+
+
+def a_condition(net: Any, x: Tensor, h: Tensor) -> Tensor:
+    def one(x: Tensor) -> Tensor:
+        return x.sin()
+
+    def other(x: Tensor) -> Tensor:
+        return x.cos()
+
+    y: Tensor = torch.cond(x.sum() > 0, one, other, (h,))[:, :3]
+    return y
+
+
+def of_a_layer(take: Any) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    def function(net: Any, x: Tensor, h: Tensor) -> Tensor:
+        y: Tensor = torch.func.vmap(take(lambda z: net.retina(z).sin().sum()))(x)[:, :3]
+        return y
+
+    return function
+
+
+def across_an_activity(net: Any, x: Tensor, h: Tensor) -> Tensor:
+    y: Tensor = torch.func.vmap(torch.func.jacrev(lambda z: net.cortex(net.retina(z)).sum()))(x)[:, :3]
+    return y
+
+
+RUN: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "torch.cond": a_condition,
+    "jacrev": of_a_layer(torch.func.jacrev),
+    "grad": of_a_layer(torch.func.grad),
+    "jacfwd": of_a_layer(torch.func.jacfwd),
+    "jacrev across an activity": across_an_activity,
+}
+
+
+@every_setting
+@pytest.mark.filterwarnings("ignore")  # what PyTorch's compiler says of its own modules
+@pytest.mark.parametrize("function", RUN.values(), ids=RUN.keys())
+def test_what_runs_a_function_of_the_model_is_right_or_refused(function: Any, setting: dict[str, Any]) -> None:
+    expected = gradients(Calls(function), batch())
+    right_or_refused(lambda: gradients(ActivationRelaxation(Calls(function), **setting), batch()), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("vertices", ["activations", "operations"])
+@pytest.mark.parametrize("function", RUN.values(), ids=RUN.keys())
+def test_the_default_takes_them(function: Any, vertices: Any) -> None:
+    model = ActivationRelaxation(Calls(function), vertices=vertices)
+    if (function, vertices) == (a_condition, "operations"):
+        with refuses(ValueError, "torch.cond", "compiled and announce no operations", "torch.where"):
+            gradients(model, batch())
+    else:
+        assert_same(gradients(model, batch()), gradients(Calls(function), batch()))
+
+
+@pytest.mark.parametrize("name", ["activations", "modules", "Equilibrium"])  # an operation hands on a copy
+def test_what_pytorch_refuses_of_a_model_is_refused_in_its_words(name: str) -> None:
+    """A saved tensor that is written in place: no hook is to blame."""
+
+    def overwritten(net: Any, x: Tensor, h: Tensor) -> Tensor:
+        y: Tensor = net.readout(x @ torch.ones(4, 5).double())
+        z = y.tanh()
+        z.mul_(2)
+        return z
+
+    for model in (Calls(overwritten), ActivationRelaxation(Calls(overwritten), **SETTINGS[name])):
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            gradients(model, batch())
