@@ -204,7 +204,7 @@ def hooks_registered() -> int:
 
 def higher_order(function: Any) -> str | None:
     """The name of an operator that takes functions, as torch.cond does. There is no public name of their class."""
-    return str(function.name()) if isinstance(function, torch._ops.HigherOrderOperator) else None
+    return str(function.name()) if isinstance(function, torch._ops.HigherOrderOperator) else None  # type: ignore[no-untyped-call]
 
 
 def switches_gradients(func: Any) -> bool:
