@@ -9,6 +9,7 @@ of the outputs by the stand-ins is then the local Jacobian J, and one call of Py
     drive        A x + s
     advance      x_v = settle(v, (A x)_v + s_v), with the x before the step
     sweep        the same from the output towards the input, with the x already settled
+    equilibrium  x = A x + s, by one sweep
 
 A cotangent is what the engine is given for a tensor (a state for a vertex, ∂L/∂x^L for an output); a vector-Jacobian
 product is what it makes of them. All are taken at a `Linearisation`: the feedforward pass, or the model run again at
@@ -378,12 +379,20 @@ class Graph:
     def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:
         """One pass from the output towards the input: ``x_v = settle(v, (A x)_v + s_v)``, with the x already
         settled."""
+        return self._sweep(lambda v, arriving: settle(v, v.zeros() if arriving is None else arriving), at)
+
+    def equilibrium(self) -> States:
+        """``x = A x + s``, where all vertices rest. One that nothing reaches is absent, so that what is computed from it
+        alone has no gradient, as in backpropagation."""
+        return self._sweep(lambda _, arriving: arriving, None)
+
+    def _sweep(self, settle: Callable[[Vertex, Tensor | None], Tensor | None], at: Linearisation | None) -> States:
         arriving = dict(self.source(at))
         states: States = {}
         for level in self.levels():
-            settled = {v: settle(v, arriving.pop(v) if v in arriving else v.zeros()) for v in level}
+            settled = {v: x for v in level if (x := settle(v, arriving.pop(v, None))) is not None}
             # Only those that the level reads: asking for all that are still to come is quadratic in depth.
-            for vertex, x in self.transport(settled, self._read_by(level), at).items():
+            for vertex, x in self.transport(settled, self._read_by(settled), at).items():
                 arriving[vertex] = arriving[vertex] + x if vertex in arriving else x
             states |= settled
         return states

@@ -304,7 +304,7 @@ class _Linear(Solver):
         check_solves(self, linear=graph.is_linear)
         hops = self.hops(graph.depth)
         if hops.largest <= NEGLIGIBLE:  # nothing of x_0 is left: x_n = x*
-            states, transports = graph.sweep(lambda _, arriving: arriving), 1
+            states, transports = graph.equilibrium(), 1
         else:
             states, transports = _horner(graph, hops)
         return states, _record(graph, states, hops, num_steps=self.steps(graph.depth), transports=transports)
@@ -476,7 +476,7 @@ class Equilibrium(Solver):
 
     def solve(self, graph: Graph) -> tuple[States, Relaxation]:
         check_solves(self, linear=graph.is_linear)
-        states = graph.sweep(lambda _, arriving: arriving)
+        states = graph.equilibrium()
         return states, at_equilibrium(len(graph.vertices), graph.depth)
 
     @property

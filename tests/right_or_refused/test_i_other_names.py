@@ -486,3 +486,23 @@ def test_a_parameter_that_needs_no_gradient_any_more(setting: dict[str, Any]) ->
         return loss
 
     assert_as_plain(lambda: Function(lambda m, x: m.two(m.tanh(m.one(x)))), use, setting)
+
+
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None
+
+
+@pytest.mark.parametrize("name", [*UNCUT, "closed form", "default", "modules", "operations"])
+def test_what_nothing_reaches_has_no_gradient(name: str) -> None:
+    """Zeros would be no matter, but for an optimiser with weight decay."""
+
+    def function(m: Any, x: Tensor) -> Any:
+        return Stop.apply(m.tanh(m.one(x))) + m.act(m.two(x))  # type: ignore[no-untyped-call]
+
+    assert_as_plain(lambda: Function(function), lambda f, z: f(z).pow(2).sum(), (CUT | UNCUT)[name])
