@@ -382,8 +382,8 @@ class Graph:
         return self._sweep(lambda v, arriving: settle(v, v.zeros() if arriving is None else arriving), at)
 
     def equilibrium(self) -> States:
-        """``x = A x + s``, where all vertices rest. One that nothing reaches is absent, so that what is computed from it
-        alone has no gradient, as in backpropagation."""
+        """``x = A x + s``, where all vertices rest. One that nothing reaches is absent, so that what is computed from
+        it alone has no gradient, as in backpropagation."""
         return self._sweep(lambda _, arriving: arriving, None)
 
     def _sweep(self, settle: Callable[[Vertex, Tensor | None], Tensor | None], at: Linearisation | None) -> States:
