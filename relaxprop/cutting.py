@@ -66,7 +66,7 @@ class Cut(NamedTuple):
     reports: bool = False
 
 
-class _Cut(NamedTuple):
+class _CutVertex(NamedTuple):
     """A vertex as it was cut.
 
     Attributes:
@@ -241,7 +241,6 @@ class Run:
 
     Attributes:
         vertices: in the order in which they were computed.
-        result: the model's.
         shown: the tensors of the result that require grad, each once, and what the model wrote into inputs; without
             inputs that it hands back as they are.
         outputs: what stands for these in the graph.
@@ -277,7 +276,7 @@ class Run:
         self.model = ""  # the name of its class
         self.begins: object = None
         self.other_hooks = False
-        self._cuts: list[_Cut] = []
+        self._cuts: list[_CutVertex] = []
         self._module: ref[nn.Module]
 
     def call(self, module: nn.Module, arguments: Arguments) -> Any:
@@ -350,12 +349,13 @@ class Run:
         """
         for vertex, then, handed, in_place in self._cuts:
             output, was_written = vertex.output, version(handed.tensor) != handed.version
-            if version(output) == then or (handed.tensor is handed.stand_in and was_written):
-                # Under no other name, so far as the graph tells. A later pass has a copy of what was only read so far.
-                if not (in_place and was_written and self._is_read(output)):
-                    continue
-            elif not was_written and torch.equal(output.detach(), handed.tensor.detach()):
-                continue  # another part of the same memory
+            in_one_memory = handed.tensor is handed.stand_in  # so that a write into either is counted in both
+            if version(output) == then or (in_one_memory and was_written):
+                hidden = in_place and was_written and self._is_read(output)
+            else:  # or was it another part of the same memory?
+                hidden = was_written or not torch.equal(output.detach(), handed.tensor.detach())
+            if not hidden:
+                continue
             raise ValueError(
                 f"{self.model} writes in place into what the vertex {vertex.name!r} has computed, and reads it under "
                 "another name too (the module has returned its own input, a view of it, or one tensor twice): let the "
@@ -474,7 +474,7 @@ class Run:
         self.vertices.append(vertex)
         tensor = self._hand_on(stand_in, origin)
         if self.values is None:
-            self._cuts.append(_Cut(vertex, version(output), self.handed_on[id(tensor)], in_place))
+            self._cuts.append(_CutVertex(vertex, version(output), self.handed_on[id(tensor)], in_place))
         return tensor
 
     def _hand_on(self, stand_in: Tensor, origin: str) -> Tensor:

@@ -277,6 +277,10 @@ class Graph:
                 stack += self._inputs[place]
         return list(found)
 
+    def ends_of(self, tensors: Iterable[Tensor]) -> list[Tensor | GradientEdge]:
+        """Where the gradients of inputs and parameters arrive."""
+        return [self.ends.get(id(x), x) for x in tensors]
+
     def is_between(self, place: int) -> bool:
         """Whether other outputs, which the loss depends on, were computed from the one at this place."""
         if all(g is None for i, g in enumerate(self._output_cotangents) if i != place):

@@ -62,7 +62,7 @@ def is_read_beside(phase: Node, graph: Graph, *, always: bool = True) -> bool:
     Raises:
         RuntimeError: if the loss reads an activity, and only some gradients are asked for (``torch.autograd.grad``,
             ``backward(inputs=…)``). Autograd runs what leads to a tensor that is asked for then, and nothing leads from
-            an activity to a parameter.
+            an activity to a parameter. Or if the gradient of a result is looked at from which others were computed.
     """
     beside = False
     looked_at = [y.output_nr for y in _handed_out(phase) if y.retains_grad or _has_hooks(y)]

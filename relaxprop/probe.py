@@ -119,8 +119,7 @@ def _product(update: Update, states: States) -> Gradients:
     graph, ends = update.graph, [*update.inputs, *update.parameters]
     cotangents = graph.cotangents(states, graph.stored)
     with without_hooks(ends):
-        onto = [graph.ends.get(id(x), x) for x in ends]
-        return vector_jacobian_product(cotangents, [*(v.stand_in for v in graph.vertices), *onto])
+        return vector_jacobian_product(cotangents, [*(v.stand_in for v in graph.vertices), *graph.ends_of(ends)])
 
 
 def _made_up(vertex: Vertex) -> Tensor:

@@ -62,9 +62,9 @@ class Recording(NamedTuple):
     def handed_out(self, outputs: Sequence[Tensor]) -> Any:
         """The same for the user, whose inputs have what the model wrote into them, as it would have without a cut."""
         note_handed_out(outputs)
-        by_id = {id(x): y for x, y in zip(self.shown, outputs, strict=True)}
-        own = {id(x): given.copy_(by_id[id(x)]) for given, x in self.written}
-        return self.replaced([own.get(id(x), y) for x, y in zip(self.shown, outputs, strict=True)])
+        own = {id(x): given for given, x in self.written}
+        pairs = zip(self.shown, outputs, strict=True)
+        return self.replaced([own[id(x)].copy_(y) if id(x) in own else y for x, y in pairs])
 
 
 def record(

@@ -84,9 +84,8 @@ def gradients(
     """
     at = at or graph.stored
     cotangents = graph.cotangents(states, at, driven=driven)
-    onto = [graph.ends.get(id(x), x) for x in wanted]
     with updating(at.switches) if in_update and at.switches else nullcontext(), without_hooks(wanted):
-        return vector_jacobian_product(cotangents, onto, retain_graph=retain_graph)
+        return vector_jacobian_product(cotangents, graph.ends_of(wanted), retain_graph=retain_graph)
 
 
 def _split_update(
@@ -102,7 +101,7 @@ def _split_update(
         pairs = [(layer.output, e) for layer, e in zip(activity.layers, errors, strict=True)]
         reached = Cotangents([u for u, e in pairs if e is not None], [e for e in errors if e is not None])
         with _replaced_gradients(pairs):
-            return vector_jacobian_product(reached, [graph.ends.get(id(p), p) for p in parameters])
+            return vector_jacobian_product(reached, graph.ends_of(parameters))
 
 
 def _check_layers(graph: Graph, at: Linearisation, parameters: Sequence[Tensor]) -> None:

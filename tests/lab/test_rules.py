@@ -317,7 +317,7 @@ def test_costs_are_measured_in_turn_and_change_no_weights(digits: Dataset) -> No
     assert torch.get_num_threads() == threads
 
 
-def test_what_runs_away_at_the_start_is_not_compared(digits: Dataset, tmp_path: Path) -> None:
+def test_what_runs_away_at_the_start_is_not_compared(digits: Dataset) -> None:
     config = RunConfig(rule="pc", rule_options={"step_size": 1.9, "num_steps": 20})
     with refuses(ModelError, "rule pc (step_size=1.9, num_steps=20) cannot be compared on digits", "of the MLP"):
         rules.check_stable(config, digits)
