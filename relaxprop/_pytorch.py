@@ -34,6 +34,7 @@ __all__ = [
     "SAVED_OVERWRITTEN",
     "OperationMode",
     "accumulated_hooks",
+    "announce_calls",
     "arg_tree_leaves",
     "arrived_hooks",
     "asks_for_node",
@@ -469,16 +470,23 @@ def hook_calls(modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, A
     """``module.register_forward_hook(hook)`` for all the modules, to be undone by `unhook_calls`.
 
     The public method makes a handle for each module, and a scripted module refuses it. A pass hooks every vertex, and
-    the handles cost 0.01 of a training step of the MLP.
+    the handles cost 0.01 of a training step of the MLP. `hooks_registered` does not count these hooks.
     """
     for module in modules:
         module._forward_hooks[id(hook)] = hook
 
 
-def unhook_calls(modules: Collection[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> None:
-    """Takes away what `hook_calls` has placed; what a user has removed meanwhile stays removed."""
+def announce_calls(modules: Collection[nn.Module], hook: Callable[[nn.Module, Any], Any]) -> None:
+    """``module.register_forward_pre_hook(hook)`` likewise."""
+    for module in modules:
+        module._forward_pre_hooks[id(hook)] = hook
+
+
+def unhook_calls(modules: Collection[nn.Module], hook: Callable[..., Any]) -> None:
+    """Takes away what these two have placed; what a user has removed meanwhile stays removed."""
     for module in modules:
         module._forward_hooks.pop(id(hook), None)
+        module._forward_pre_hooks.pop(id(hook), None)
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class _Operation(NamedTuple):
     nested: bool  # whether there are places deeper than in args
     gives: Sequence[int]  # the places of its results
     many: bool  # whether they are several tensors
+    reads: Sequence[int]  # the places in args and kwargs
     done: Sequence[int] = ()  # what is not read after it
 
 
@@ -78,7 +79,7 @@ class Program(NamedTuple):
         def filled(x: Any) -> Any:
             return held[x] if type(x) is Place else x
 
-        for function, args, kwargs, nested, gives, many, done in self.operations:
+        for function, args, kwargs, nested, gives, many, _, done in self.operations:
             if nested:
                 result = function(*mapped(filled, args), **mapped(filled, kwargs))
             else:
@@ -232,23 +233,23 @@ class Operations(OperationMode):
         self._fixed |= storages
         self._lasting |= storages
 
-    def note_read(self, placed: Any) -> None:
-        """The tensors in it are to be as they are now."""
-        for x in _leaves(placed):
-            if isinstance(x, Tensor) and not x.is_inference():
-                self._read.setdefault(id(x), (x, version(x)))
+    def note_read(self, tensors: Iterable[Tensor]) -> None:
+        """These tensors are to be as they are now."""
+        for x in tensors:
+            if id(x) not in self._read and not x.is_inference():
+                self._read[id(x)] = x, version(x)
 
     def program(self, results: Results) -> Program | None:
         """What was written down; None where it is not plain."""
         try:
-            ends = [None if x is None else self._placed(x.detach()) for x in results]
+            ends, places, beside = self._placed([None if x is None else x.detach() for x in results])
         except _NotPlainError:
             return None
-        self.note_read(ends)
+        self.note_read(beside)
         if not self._plain:
             return None
         read, then = [x for x, _ in self._read.values()], [count for _, count in self._read.values()]
-        return Program(self._needed(ends), ends, read, then)
+        return Program(self._needed(places), ends, read, then)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -260,17 +261,16 @@ class Operations(OperationMode):
             self._fix(result)
             return result
         try:
-            own_args, own_kwargs = mapped(self._placed, (args, kwargs))
-            written = written_by(func, args, kwargs) if _places_in((own_args, own_kwargs)) else []
+            (own_args, own_kwargs), places, beside = self._placed((args, kwargs))
+            written = written_by(func, args, kwargs) if places else []
             if written:
                 for x in written:
                     self._begin_anew(x)
-                own_args, own_kwargs = mapped(self._placed, (args, kwargs))
+                (own_args, own_kwargs), places, beside = self._placed((args, kwargs))
         except _NotPlainError:
             self._plain = False
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        places = _places_in((own_args, own_kwargs))
         if not places:
             self._fix(result)
             return result
@@ -280,17 +280,20 @@ class Operations(OperationMode):
             self._plain = False
             return result
         self._kept.append(given)
-        if not written and not many and _memory(result) in self._places:
+        memories = [None if x is None else _memory(x) for x in given]
+        if not written and not many and memories[0] in self._places:
             return result  # the same memory under another name
         if not _BY_VALUE.isdisjoint(func.tags):
             self._plain = False
             return result
         self._writes = self._writes or bool(written)
-        self.note_read((own_args, own_kwargs))
+        self.note_read(beside)
         nested = len(places) > sum(type(x) is Place for x in own_args)
         gives = range(self._count, self._count + len(given))
-        self._operations.append(_Operation(func, own_args, own_kwargs, nested, gives, many))
-        self._places |= {_memory(x): Place(i) for i, x in zip(gives, given, strict=True) if x is not None}
+        self._operations.append(_Operation(func, own_args, own_kwargs, nested, gives, many, places))
+        for i, memory in zip(gives, memories, strict=True):
+            if memory is not None:
+                self._places[memory] = Place(i)
         self._count += len(given)
         return result
 
@@ -299,18 +302,27 @@ class Operations(OperationMode):
         self._kept.append(result)
         self._fixed |= {_storage(x) for x in _leaves(result) if _is_dense(x)}
 
-    def _placed(self, x: Any) -> Any:
-        """What stands for an argument in what is written down: a place where it depends on a state."""
-        if not isinstance(x, Tensor):
+    def _placed(self, nested: Any) -> tuple[Any, list[Place], list[Tensor]]:
+        """What stands for arguments in what is written down, places where tensors depend on the states; these places;
+        and the other tensors.
+        """
+        places, beside = list[Place](), list[Tensor]()
+
+        def placed(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if not _is_dense(x):
+                raise _NotPlainError
+            place = self._places.get(_memory(x))
+            if place is not None:
+                places.append(place)
+                return place
+            if _storage(x) not in self._fixed:
+                raise _NotPlainError
+            beside.append(x)
             return x
-        if not _is_dense(x):
-            raise _NotPlainError
-        place = self._places.get(_memory(x))
-        if place is not None:
-            return place
-        if _storage(x) not in self._fixed:
-            raise _NotPlainError
-        return x
+
+        return mapped(placed, nested), places, beside
 
     def _begin_anew(self, x: Tensor) -> None:
         """Lets what depends on no state, and is about to be written into, begin as it is now in every replay."""
@@ -319,20 +331,20 @@ class Operations(OperationMode):
         if _memory(x) not in self._places:
             self._fixed.discard(_storage(x))  # no view of it depends on no state any more
             gives = range(self._count, self._count + 1)
-            self._operations.append(_Operation(torch.clone, (x.clone(),), {}, nested=False, gives=gives, many=False))
+            own = _Operation(torch.clone, (x.clone(),), {}, nested=False, gives=gives, many=False, reads=())
+            self._operations.append(own)
             self._places[_memory(x)] = Place(self._count)
             self._count += 1
 
-    def _needed(self, ends: Sequence[Any]) -> list[_Operation]:
+    def _needed(self, ends: Sequence[Place]) -> list[_Operation]:
         """The operations that the ends depend on, each with what is not read after it."""
-        needed, found = set[int](_places_in(ends)), list[_Operation]()
+        needed, found = set[int](ends), list[_Operation]()
         for operation in reversed(self._operations):
             # What is written into may be read under another name.
             if self._writes or not needed.isdisjoint(operation.gives):
-                read = set(_places_in((operation.args, operation.kwargs)))
-                done = [i for i in {*read, *operation.gives} if i not in needed and i >= self._inputs]
+                done = [i for i in {*operation.reads, *operation.gives} if i not in needed and i >= self._inputs]
                 found.append(operation._replace(done=done))
-                needed |= read
+                needed.update(operation.reads)
         return found[::-1]
 
 
@@ -362,10 +374,10 @@ def _leaves(nested: Any) -> list[Any]:
         return [nested]
     found: list[Any] = []
     for x in nested:
-        if isinstance(x, Tensor):
-            found.append(x)
-        else:
+        if isinstance(x, tuple | list | dict):
             found += _leaves(x)
+        else:
+            found.append(x)
     return found
 
 
@@ -376,10 +388,6 @@ def mapped(function: Callable[[Any], Any], nested: Any) -> Any:
     if type(nested) in (tuple, list):
         return type(nested)([mapped(function, x) for x in nested])
     return function(nested)
-
-
-def _places_in(nested: Any) -> list[Place]:
-    return [x for x in _leaves(nested) if type(x) is Place]
 
 
 def _is_plain(x: Any) -> bool:

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from relaxprop._pytorch import (
+    announce_calls,
     backward_hooks,
     has_hooks,
     hooks_on_all_modules,
     is_capturing,
     is_compiled,
     is_undisturbed,
+    unhook_calls,
     versions,
 )
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
@@ -278,33 +280,29 @@ def _alike(one: Tensor | None, other: Tensor | None) -> bool:
 @contextmanager
 def _returning(returned: Mapping[nn.Module, Sequence[HandedOn]]) -> Iterator[None]:
     """Within it, calls of these modules return, one after the other, what is given; those of other threads do not."""
-    handles, thread = [], get_ident()
-    for module, given in returned.items():
-        called, outputs = list[bool](), iter(given)
+    thread, called = get_ident(), {module: list[bool]() for module in returned}
 
-        def announce(module: nn.Module, args: Any, called: list[bool] = called) -> None:
-            if get_ident() == thread:
-                called.append(True)
+    def announce(module: nn.Module, args: Any) -> None:
+        if get_ident() == thread and module in called:  # a copy that is made meanwhile has this hook as well
+            called[module].append(True)
 
-        def forward(
-            *args: Any,
-            own: Any = module.forward,
-            called: list[bool] = called,
-            outputs: Iterator[HandedOn] = outputs,
-            **kwargs: Any,
-        ) -> Any:
+    def returns(own: Callable[..., Any], called: list[bool], outputs: Iterator[HandedOn]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             # Who calls forward directly was not noticed when the outputs were recorded either.
             mine = get_ident() == thread and called and called.pop()
             stored = next(outputs, None) if mine else None
             return own(*args, **kwargs) if stored is None else stored.tensor
 
-        handles.append(module.register_forward_pre_hook(announce))
-        vars(module)["forward"] = forward
+        return forward
+
+    announce_calls(returned, announce)
+    for module, given in returned.items():
+        vars(module)["forward"] = returns(module.forward, called[module], iter(given))
     try:
         yield
     finally:
-        for module, handle in zip(returned, handles, strict=True):
-            handle.remove()
+        unhook_calls(returned, announce)
+        for module in returned:
             vars(module).pop("forward", None)
 
 

@@ -431,14 +431,24 @@ def test_a_hook_on_calls_follows_those_that_are_there_and_is_taken_away(make: Ca
         order.append("this one")
         return output + 1
 
-    plain = module(x)
+    def announce(module: nn.Module, args: Any) -> None:
+        order.append("before")
+
+    plain, registered = module(x), _pytorch.hooks_registered()
     _pytorch.hook_calls([module], hook)
     assert torch.equal(module(x), plain + 1)
     assert order == ["the user's", "the user's", "this one"]
+    _pytorch.announce_calls([module], announce)
+    assert torch.equal(module(x), plain + 1)
+    assert order[3:] == ["before", "the user's", "this one"]
+    _pytorch.unhook_calls([module], announce)
+    assert torch.equal(module(x), plain + 1)
+    assert order[6:] == ["the user's", "this one"]
+    assert _pytorch.hooks_registered() == registered
     handle.remove()
     _pytorch.unhook_calls([module], hook)
     assert torch.equal(module(x), plain)
-    assert len(order) == 3
+    assert len(order) == 8
     _pytorch.unhook_calls([module], hook)  # nothing is left to take away
 
 

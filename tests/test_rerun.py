@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from relaxprop import ActivationRelaxation, ClosedForm, Continuous, Equilibrium, Euler, Frozen
+from relaxprop.sight import Sight
 from relaxprop.solvers import Solver
 from tests.compare import assert_same, assert_same_gradients, backward, gradients, squares
 from tests.literal_by_hooks import literal_gradients
@@ -452,3 +453,20 @@ def test_a_layer_that_only_another_path_calls_again() -> None:
     # One vertex more or less would be refused; a layer is part of the Jacobian, as max-pooling's choice is.
     model = ActivationRelaxation(Changes("layer-again"), solver=EULER, frozen=NOTHING)
     backward(squares(model(0.1 * torch.randn(3, 4))))
+
+
+@every_condition
+def test_no_later_run_is_watched(frozen: Frozen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no hook was registered since, nothing is to be found that the feedforward pass has not shown."""
+    entered, enter = list[Sight](), Sight.__enter__
+
+    def counted(sight: Sight) -> Sight:
+        entered.append(sight)
+        return enter(sight)
+
+    monkeypatch.setattr(Sight, "__enter__", counted)
+    model, x = ActivationRelaxation(mlp(4, 6, 2), solver=EULER, frozen=frozen), torch.randn(5, 4)
+    for _ in range(3):
+        backward(squares(model(x)))
+    # The split update hooks nodes, in public, which counts: the next feedforward pass is watched again.
+    assert len(entered) == (3 if frozen.splits_update else 1)
