@@ -362,8 +362,8 @@ class Graph:
         self, states: States, onto: Sequence[Vertex] | None = None, at: Linearisation | None = None
     ) -> States:
         """A x at the vertices ``onto`` (by default at all): one product with every local Jacobian."""
-        at = at or self.stored
-        return self._arriving(self.cotangents(states, at, driven=False), self.vertices if onto is None else onto, at)
+        at, onto = at or self.stored, self.vertices if onto is None else onto
+        return self._product(states, onto, at, driven=False)
 
     def drive(self, states: States) -> States:
         """A x + s at every vertex, the Jacobians taken where (1) takes them."""
@@ -377,7 +377,7 @@ class Graph:
 
     def drive_at(self, at: Linearisation, states: States) -> States:
         """A x + s at every vertex, the Jacobians taken at a given linearisation."""
-        arriving = self._arriving(self.cotangents(states, at), self.vertices, at)
+        arriving = self._product(states, self.vertices, at, driven=True)
         return {v: arriving[v] if v in arriving else v.zeros() for v in self.vertices}
 
     def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:
@@ -423,6 +423,13 @@ class Graph:
 
         return {v: settle(v, drive(v)) for v in self.vertices}
 
+    def _product(self, states: States, onto: Sequence[Vertex], at: Linearisation, *, driven: bool) -> States:
+        try:
+            return self._arriving(self.cotangents(states, at, driven=driven), onto, at)
+        except Exception:
+            check_are_states(states, self)  # PyTorch names no vertex
+            raise
+
     def cotangents(self, states: States, at: Linearisation, *, driven: bool = True) -> Cotangents:
         """The vertices' states in their activities' type and, where ``driven``, ∂L/∂(outputs)."""
         cuts = at.cuts
@@ -448,6 +455,39 @@ class Graph:
         arrived = vector_jacobian_product(cotangents, [cuts[v].stand_in for v in onto])
         states = {v: x for v, x in zip(onto, arrived, strict=True) if x is not None}
         return {v: _at_least_float32(x) for v, x in states.items()} if self._converts else states
+
+
+def check_are_states(states: Mapping[Vertex, Tensor], graph: Graph, by: str = "graph") -> None:
+    """Refuse what is no state of a vertex: a tensor of its activity's shape, on its device.
+
+    Args:
+        states: by vertex.
+        graph: whose vertices they are.
+        by: who has made the states, or is given them, for the message.
+
+    Raises:
+        TypeError: if the states are no dictionary, or one is no tensor.
+        ValueError: if a key is no vertex of the graph, or a state is not like the vertex's activity.
+    """
+    if not isinstance(states, Mapping):
+        raise TypeError(f"{by}: the states must be a dictionary by vertex, got a {type(states).__name__}")
+    if others := states.keys() - set(graph.recorded):
+        names = ", ".join(sorted(map(repr, others))[:3])
+        raise ValueError(
+            f"{by}: a state of what is none of graph.vertices: {names} (the key is the vertex, not its name)"
+        )
+    for vertex, x in states.items():
+        what, activity = f"{by}: the state of vertex {vertex.name!r}", vertex.stand_in
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{what} must be a tensor, got a {type(x).__name__}")
+        if x.shape != activity.shape:
+            raise ValueError(f"{what} has the shape {tuple(x.shape)}, but its activity has {tuple(activity.shape)}")
+        if (x.device, x.layout) != (activity.device, activity.layout):
+            raise ValueError(
+                f"{what} is {x.layout} on {x.device}, but its activity is {activity.layout} on {activity.device}"
+            )
+        if x.is_complex() and not activity.is_complex():
+            raise ValueError(f"{what} is complex, but its activity is real")
 
 
 def vector_jacobian_product(

@@ -5,13 +5,13 @@ needs around them: settings that are checked whole, the shortcut at equilibrium,
 phase. What all learning rules have in common is `rule`, how a wrapper stands in the module's place `transparent`.
 
 May import: _pytorch, derivatives, finite, frozen, graph, kept, nested, operations, recording, relaxation, rule,
-solvers, unconverged, vertices.
+solved, solvers, unconverged, vertices.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -30,7 +30,9 @@ from relaxprop.operations import EachOperation
 from relaxprop.recording import InitialState, OutputRule, Recording, record
 from relaxprop.relaxation import RelaxationPhase, refuse_second_derivative
 from relaxprop.rule import LearningRule, kept_vertices, shown, tell_missing
+from relaxprop.solved import checked
 from relaxprop.solvers import (
+    SOLVERS,
     ClosedForm,
     Continuous,
     Euler,
@@ -253,7 +255,9 @@ class ActivationRelaxation(LearningRule):
         if not self._told:
             vars(self)["_told"] = True
             tell_missing(settings.vertices, recording.called, recording.uncalled, recording.unrelaxed or ())
-        solve = settings.solver.solve
+        solve: Callable[[Graph], Any] = settings.solver.solve
+        if type(settings.solver) not in SOLVERS.values():
+            solve = partial(checked, solve=solve, record=Relaxation, name=f"{type(settings.solver).__name__}.solve")
         first = recording.graph.size not in self._probed
         if first:
             solve = partial(self._probe_and_solve, solve, recording.update)

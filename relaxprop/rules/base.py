@@ -8,7 +8,7 @@ PyTorch's engine, what equation (2) makes of the states:
 
 An error never passes a vertex there, so that a layer's update reads the state of the next vertex and its own input.
 
-May import: finite, graph, kept, recording, relaxation, rule, vertices.
+May import: finite, graph, kept, recording, relaxation, rule, solved, vertices.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from relaxprop.kept import is_read_beside
 from relaxprop.recording import Recording, record
 from relaxprop.relaxation import RelaxationPhase
 from relaxprop.rule import LearningRule, kept_vertices, rule_of, shown, tell_missing
+from relaxprop.solved import checked
 from relaxprop.vertices import Granularity, named_parts
 
 
@@ -117,7 +118,8 @@ class Rule(LearningRule):
     Raises:
         TypeError: if ``module`` is not a module, is already wrapped, or has to be outside of the wrapper, or
             ``settings`` is no `RuleSettings`; in the backward pass, if `solve` does not return states and a `Phase`.
-        ValueError: if no vertex is found; in the backward pass, if a vertex has no state of its activity's shape.
+        ValueError: if no vertex is found; in the backward pass, if a vertex has no state, or one that is not like its
+            activity.
         NonFiniteStateError: in the backward pass, if a state is not finite (``check_finite``).
     """
 
@@ -150,9 +152,7 @@ class Rule(LearningRule):
         return self._handed_out(recording, self._solve, recording.update)
 
     def _solve(self, graph: Graph) -> tuple[States, Phase]:
-        found = self.solve(graph)
-        check_solved(graph, found, f"{rule_of(type(self)).__name__}.solve")
-        return found
+        return checked(graph, self.solve, Phase, f"{rule_of(type(self)).__name__}.solve")
 
     def record(self, args: Any, kwargs: Any = None) -> Recording:
         """The module's forward pass, recorded as for training."""
@@ -191,41 +191,6 @@ class Rule(LearningRule):
 
 
 _COMMON = RuleSettings.__dataclass_fields__.keys()
-
-
-def check_solved(graph: Graph, found: object, solve: str) -> None:
-    """Refuse what is not a state for every vertex and a record: PyTorch would leave weights without a gradient.
-
-    Args:
-        graph: the recorded pass.
-        found: what a rule's ``solve`` returned.
-        solve: its name, for the message.
-
-    Raises:
-        TypeError: if it is not a pair of a dictionary and a `Phase`.
-        ValueError: if a vertex has no state, a state has another shape than the vertex's activity, or a key is no
-            vertex.
-    """
-    match found:
-        case Mapping() as states, Phase():
-            pass
-        case _:
-            got = f"({', '.join(type(part).__name__ for part in found)})" if isinstance(found, tuple) else shown(found)
-            raise TypeError(f"{solve} must return two things, a dictionary of states by vertex and a Phase, got {got}")
-    for vertex in graph.vertices:
-        if not isinstance(state := states.get(vertex), Tensor):
-            raise ValueError(
-                f"{solve} gives vertex {vertex.name!r} no state: each of graph.vertices (and not its name) is a key "
-                "of the states, and the value is a tensor of the shape of the vertex's activity"
-            )
-        if state.shape != vertex.stand_in.shape:
-            raise ValueError(
-                f"{solve} gives vertex {vertex.name!r} a state of shape {tuple(state.shape)}, but its activity has "
-                f"the shape {tuple(vertex.stand_in.shape)}"
-            )
-    if len(states) > len(graph.vertices):
-        others = ", ".join(sorted({shown(key) for key in states.keys() - set(graph.vertices)})[:3])
-        raise ValueError(f"{solve} gives a state to what is none of graph.vertices: {others}")
 
 
 def refuse_target_of_its_own(rule: LearningRule) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,35 +130,6 @@ def test_what_cannot_be_wrapped_is_refused_by_name() -> None:
         Sweep(network, {"factor": 2})  # type: ignore[arg-type]
     with refuses(NotImplementedError, "Rule has no method solve(graph)"):
         backward(Rule(network)(torch.randn(2, 3)).sum())
-
-
-@pytest.mark.parametrize(
-    ("solved", "error", "parts"),
-    [
-        (lambda states, phase: states, TypeError, ("Solved.solve must return two things", "got ")),
-        (lambda states, phase: (states, None), TypeError, ("and a Phase, got (dict, NoneType)",)),
-        (lambda states, phase: (list(states.values()), phase), TypeError, ("got (list, Phase)",)),
-        (lambda states, phase: ({}, phase), ValueError, ("gives vertex '1' no state",)),
-        (lambda states, phase: (dict.fromkeys(states), phase), ValueError, ("gives vertex '1' no state",)),
-        (lambda states, phase: ({v.name: x for v, x in states.items()}, phase), ValueError, ("(and not its name)",)),
-        (
-            lambda states, phase: ({v: x.sum() for v, x in states.items()}, phase),
-            ValueError,
-            ("vertex '1' a state of shape (), but its activity has the shape (2, 4)",),
-        ),
-        (lambda states, phase: (states | {"2": 0}, phase), ValueError, ("to what is none of graph.vertices: '2'",)),
-    ],
-)
-def test_what_solve_returns_has_to_be_a_state_for_every_vertex(
-    solved: Callable[..., Any], error: type[Exception], parts: tuple[str, ...]
-) -> None:
-    class Solved(Rule):
-        def solve(self, graph: Graph) -> Any:
-            states = graph.sweep(lambda vertex, arriving: arriving)
-            return solved(states, Phase(len(states), graph.depth, products=2))
-
-    with refuses(error, *parts):
-        backward(Solved(mlp(3, 4, 2))(torch.randn(2, 3)).sum())
 
 
 def test_a_state_that_is_not_finite_is_refused_by_name() -> None:
