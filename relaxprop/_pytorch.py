@@ -19,6 +19,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn.utils import parametrize
 
@@ -47,6 +48,7 @@ __all__ = [
     "engine_calls",
     "graph_is_kept",
     "has_hooks",
+    "has_no_numbers",
     "higher_order",
     "hook_accumulated",
     "hook_arrived",
@@ -288,6 +290,13 @@ def is_undisturbed() -> bool:
         or in_transform()
         or in_forward_mode()
     )
+
+
+def has_no_numbers(x: Tensor) -> bool:
+    """Whether a tensor has a shape and nothing in it: on the device meta, or within ``FakeTensorMode``, whose class has
+    no public name.
+    """
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def is_capturing() -> bool:

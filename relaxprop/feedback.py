@@ -27,7 +27,7 @@ Sources: Millidge et al., arXiv 2010.06219, equation (3), whose text writes ψ f
 shape of W; Lillicrap et al. 2016 (random); Liao, Leibo, Poggio 2016, and Moskovitz, Litwin-Kumar, Abbott, arXiv
 1812.06488 (the signs); Akrout et al., arXiv 1904.05391 (mirror).
 
-May import: variants, vertices.
+May import: _pytorch, variants, vertices.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 
+from relaxprop._pytorch import has_no_numbers
 from relaxprop.variants import Variant, first_tensor, plain_class, switch_off
 from relaxprop.vertices import find_layers
 
@@ -144,6 +145,8 @@ def _check(module: nn.Module, skipped: set[nn.Module], rule: FeedbackRule) -> No
         synapses = _synapses(part)
         if reason is None and rule == "mirror" and synapses is not None and synapses.noise is None:
             reason = f"no noise is known that reaches every weight of {plain_class(part).__name__}, as its mirror needs"
+        if reason is None and rule in _WITH_OWN_WEIGHTS and synapses is not None and has_no_numbers(part.weight):
+            reason = "its weight has no numbers yet (on the device meta), which say how large backwards weights begin"
         if reason:
             kind = plain_class(part).__name__
             raise ValueError(

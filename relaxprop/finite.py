@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from relaxprop._pytorch import at_end_of_backward, backward_pass, is_batched
+from relaxprop._pytorch import at_end_of_backward, backward_pass, has_no_numbers, is_batched
 from relaxprop.graph import Graph, States
 from relaxprop.solvers import Solver
 
@@ -149,7 +149,7 @@ class GradientCheck:
         Raises:
             NonFiniteStateError: if it is not finite; the error names the vertex.
         """
-        if x is None or is_batched(x):
+        if x is None or is_batched(x) or has_no_numbers(x):
             return
         if is_away(x):
             if (now := backward_pass()) != self._pass:  # the last may have ended by an error

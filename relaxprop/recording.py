@@ -1,6 +1,6 @@
 """Records a model's feedforward pass: a `Graph` cut at the vertices, and what equation (2) takes from it.
 
-May import: cutting, frozen, graph, kept, nested, rerun, sight, unrelaxed, update, vertices.
+May import: _pytorch, cutting, frozen, graph, kept, nested, rerun, sight, unrelaxed, update, vertices.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from relaxprop._pytorch import has_no_numbers
 from relaxprop.cutting import Arguments, Cut, Run, Writes
 from relaxprop.frozen import ALL_FROZEN, Frozen
 from relaxprop.graph import Graph
@@ -94,7 +96,8 @@ def record(
 
     Raises:
         TypeError: if the model's result holds tensors in an object that PyTorch cannot take apart.
-        ValueError: if the model read an activity that it kept from an earlier pass, or differentiates across a cut.
+        ValueError: if the model read an activity that it kept from an earlier pass, differentiates across a cut, or
+            computes shapes without numbers.
         RuntimeError: if something is unfrozen, but the model cannot be run again as it was.
     """
     kwargs = kwargs or {}
@@ -119,6 +122,7 @@ def record(
         changing(looking, parts) if looking else nullcontext(),
     ):
         result = run.call(module, arguments)
+        _refuse_shapes(run)
     if run.other_hooks and not looking:  # a full backward hook is one on a node, which PyTorch places
         warn_of_other_hooks(run.model)
     writes.learn(run)
@@ -152,6 +156,20 @@ def record(
         uncalled=uncalled,
         unrelaxed=(*uncalled, *scripted(parts, modules), *_operations(run)) if looks else None,
     )
+
+
+def _refuse_shapes(run: Run) -> None:
+    """Refuse a pass that has computed shapes alone, of which no phase makes gradients.
+
+    Raises:
+        ValueError: if it has.
+    """
+    if any(has_no_numbers(x) for x in run.outputs) and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"{run.model} computes shapes without numbers (on the device meta, or within FakeTensorMode), and a phase "
+            "looks at the numbers that it relaxes: move model and inputs to a real device, or use the plain module "
+            "(wrapper.module); ActivationRelaxation takes them where it needs no cut, as by default"
+        )
 
 
 def _operations(run: Run) -> list[str]:
