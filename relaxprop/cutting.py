@@ -95,8 +95,9 @@ class Writes:
         into_views: whether a layer's output that is a view is. It loses its place in the graph then, unless it is a
             copy.
         repeated: whether a pass was run again at its own activities and found to be the same.
-        replays: whether a step can be done by its operations alone (`replay`), with the same outcome as by the model;
-            None before that was tried.
+        replays: whether steps are done by their operations alone (`replay`): not where one could not be written down,
+            or had another outcome than the model's.
+        compared: the kinds of steps (`replay.Program.kind`) whose outcome was the model's.
         compiler: what compiles these operations, as the user has asked for (`compiled`); None: nobody has.
         draws: whether a pass that is to be run again has drawn random numbers.
         watched: how the last pass began. One that begins likewise need not be watched for what the model would see
@@ -106,7 +107,8 @@ class Writes:
     into: dict[str, bool] = field(default_factory=dict)
     into_views: bool = True
     repeated: bool = False
-    replays: bool | None = None
+    replays: bool = True
+    compared: set[object] = field(default_factory=set)
     compiler: Any = None
     draws: bool = False
     watched: object = None
@@ -197,10 +199,10 @@ class Arguments:
         return [*self.kwargs, *[x if isinstance(x, _WORDS) else None for x in given]]
 
     def copied(self) -> Arguments:
-        """The same tensors in lists and dicts of their own, which the model may write into."""
+        """The same tensors in lists and dicts of their own, which the model may write into, as into arrays of NumPy."""
         twin, copies = Arguments((), {}), dict[int, Any]()
-        twin.args = [rebuilt(x, copies) for x in self.args]
-        twin.kwargs = {name: rebuilt(x, copies) for name, x in self.kwargs.items()}
+        twin.args = [rebuilt(x, copies, arrays=True) for x in self.args]
+        twin.kwargs = {name: rebuilt(x, copies, arrays=True) for name, x in self.kwargs.items()}
         twin.inputs, twin._stand_ins = self.inputs, self._stand_ins
         return twin
 

@@ -19,7 +19,8 @@ mean over the noise is W (`mirror_weights`). It reads what is presynaptic and po
 A frozen W (``requires_grad=False``) has no gradient to share, so its ψ stays fixed as well.
 
 Under ``learned``, ψ and W get the same gradient, so with plain gradient descent ``W − ψ`` stays as it is; with weight
-decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994).
+decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994). A W that others share
+has the sum of all their gradients, of which each ψ has its own layer's: there ``W − ψ`` moves.
 What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there. What
 has parameters but is neither there nor among `NEED_NONE` is refused by name, since its error would go back through its
 weights unnoticed.
@@ -145,7 +146,10 @@ def _check(module: nn.Module, skipped: set[nn.Module], rule: FeedbackRule) -> No
         synapses = _synapses(part)
         if reason is None and rule == "mirror" and synapses is not None and synapses.noise is None:
             reason = f"no noise is known that reaches every weight of {plain_class(part).__name__}, as its mirror needs"
-        if reason is None and rule in _WITH_OWN_WEIGHTS and synapses is not None and has_no_numbers(part.weight):
+        weight = None if reason or synapses is None else weight_of(part)
+        if weight is not None and weight.is_complex():
+            reason = "its weight is complex, and no backwards weights are known for complex errors"
+        if weight is not None and rule in _WITH_OWN_WEIGHTS and has_no_numbers(weight):
             reason = "its weight has no numbers yet (on the device meta), which say how large backwards weights begin"
         if reason:
             kind = plain_class(part).__name__
@@ -173,6 +177,19 @@ def _why_not(module: nn.Module) -> str | None:
     return synapses.why_not(module)
 
 
+def weight_of(layer: Any) -> Tensor:
+    """W, for a look at it: spectral norm, which iterates whenever its weight is read in training, does not."""
+    iterating = [m for m in layer.parametrizations.modules() if m.training] if is_parametrized(layer) else []
+    try:
+        for m in iterating:
+            m.training = False
+        weight: Tensor = layer.weight
+    finally:
+        for m in iterating:
+            m.training = True
+    return weight
+
+
 def _set_rule(layer: Any, rule: FeedbackRule) -> None:
     for kind in (layer._parameters, layer._buffers):
         kind.pop("feedback", None)
@@ -184,7 +201,7 @@ def _set_rule(layer: Any, rule: FeedbackRule) -> None:
     layer.feedback_rule = rule
     if rule in _WITH_OWN_WEIGHTS:
         with torch.enable_grad():  # else a parametrized weight does not say whether it is trained
-            weight: Tensor = layer.weight
+            weight = weight_of(layer)
         start = _start(weight.detach())
         start = start.abs() if rule == "fixed-sign" else start
         if rule == "learned" and weight.requires_grad:
@@ -232,7 +249,7 @@ class _Feedback(Variant):
 
     def backwards_weight(self) -> Tensor:
         """B, of the shape of W; where it is drawn anew in every pass, one such draw."""
-        weight = self.weight
+        weight = weight_of(self)
         if self.feedback_rule != "batch-sign":
             return self._backwards_weight(weight)
         with torch.random.fork_rng([weight.get_device()] if weight.is_cuda else []):
@@ -447,6 +464,7 @@ def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tenso
             yield name, layer, layer.backwards_weight()
 
 
+@torch.inference_mode(False)  # for which no gradient exists, and a weight gradient is what the noise gives
 @torch.no_grad()
 def mirror_weights(module: nn.Module, *, samples: int = 64, rate: float = 0.1) -> None:
     """One phase of noise of all layers in ``module`` whose backwards weights are "mirror": ``B ← (1 − r) B + r M``.
@@ -493,7 +511,7 @@ def _mirrored(layer: _Feedback, samples: int) -> tuple[Tensor, Tensor]:
     synapses = _synapses(layer)
     assert synapses is not None
     assert synapses.noise is not None
-    W = layer.weight.detach()
+    W = weight_of(layer).detach()
     noise = torch.randn(samples, *synapses.noise(layer), dtype=W.dtype, device=W.device)
 
     def product(x: Tensor, y: Tensor | None) -> Tensor:

@@ -382,7 +382,7 @@ class Graph:
 
     def sweep(self, settle: Callable[[Vertex, Tensor], Tensor], at: Linearisation | None = None) -> States:
         """One pass from the output towards the input: ``x_v = settle(v, (A x)_v + s_v)``, with the x already
-        settled."""
+        settled. ``settle`` writes into nothing that it is given."""
         return self._sweep(lambda v, arriving: settle(v, v.zeros() if arriving is None else arriving), at)
 
     def equilibrium(self) -> States:

@@ -63,24 +63,27 @@ def replace_within(function: Callable[[Tensor], Tensor], nested: Any, seen: dict
     return nested if all(a is b for a, b in zip(parts, replaced, strict=True)) else rebuild(replaced)
 
 
-def rebuilt(nested: Any, copies: dict[int, Any]) -> Any:
+def rebuilt(nested: Any, copies: dict[int, Any], *, arrays: bool = False) -> Any:
     """``nested`` with tuples, lists and dicts of its own, which hold the same.
 
     Args:
         nested: of what.
         copies: by the ids of lists, dicts and deques, their copies; more are added. What is the same in two places, is
             so in the copy.
+        arrays: whether arrays of NumPy are copied too, whose writes nobody counts.
     """
+    if arrays and type(nested) is np.ndarray:
+        return copies.setdefault(id(nested), nested.copy())
     if type(nested) in _WRITTEN_TO:
         if id(nested) not in copies:
             copies[id(nested)] = own = copy(nested)
             for key, value in _items(own):
-                own[key] = rebuilt(value, copies)
+                own[key] = rebuilt(value, copies, arrays=arrays)
         return copies[id(nested)]
     if isinstance(nested, Tensor):
         return nested
     parts, rebuild = tree_parts(nested)
-    return nested if parts is None else rebuild([rebuilt(x, copies) for x in parts])
+    return nested if parts is None else rebuild([rebuilt(x, copies, arrays=arrays) for x in parts])
 
 
 _WRITTEN_TO = {list, dict, OrderedDict, defaultdict, deque}

@@ -16,7 +16,7 @@ It is plain where all of this holds of the run that is written down; else `rerun
 
 Tensors are told apart by their memory, all of which is kept while the run lasts: the derivatives read what the model
 has computed by other objects. What PyTorch cannot see (a kernel of somebody's own that is given an address) is noticed
-by `rerun`, which compares the two ways once in a setting.
+by `rerun`, which compares the two ways once for each `Program.kind` of a setting.
 
 May import: _pytorch, sight.
 """
@@ -66,6 +66,16 @@ class Program(NamedTuple):
     results: Sequence[Any]
     read: Sequence[Tensor]
     versions: Sequence[int]
+
+    @property
+    def kind(self) -> object:
+        """What two programs have in common that differ in numbers alone."""
+        return tuple(
+            [
+                (function, *reads, *[x if type(x) in _NO_NUMBER else type(x) for x in _leaves((args, kwargs))])
+                for function, args, kwargs, _, _, _, reads, _ in self.operations
+            ]
+        )
 
     @property
     def holds(self) -> bool:
@@ -397,6 +407,7 @@ def _is_plain(x: Any) -> bool:
     return type(x) in _PLAIN
 
 
+_NO_NUMBER = {bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _PLAIN = {
     *(bool, int, float, complex, str, type(None), type(...)),

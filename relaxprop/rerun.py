@@ -42,6 +42,7 @@ from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import Hooked, does_as_its_class_says, find_layers
 
 _NOTHING = nullcontext()
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class _Step(NamedTuple):
@@ -52,6 +53,7 @@ class _Step(NamedTuple):
     beside: Sequence[Tensor | None]
     layouts: Sequence[tuple[torch.dtype, tuple[int, ...]]]  # of the vertices' activities
     program: Program | None
+    kind: object = None  # of the program
 
     def is_of(self, states: States, key: object, beside: Sequence[Tensor | None]) -> bool:
         return (
@@ -118,11 +120,12 @@ class Rerun:
         # Where operations are vertices, no layer stands before all of them.
         if not (self.surroundings.draws or self.cut.operations):
             # No state changes what the layers that are called before every vertex return, so no later run needs to
-            # compute it again. These layers read the input, and are often the most expensive ones.
+            # compute it again. These layers read the input, and are often the most expensive ones. But what a norm
+            # notes of its input, others may read.
             self.unchanged = {
                 layer: returned
                 for layer, returned in first.items()
-                if layer not in later and does_as_its_class_says(layer)
+                if layer not in later and does_as_its_class_says(layer) and "running_mean" not in layer._buffers
             }
 
     def passed(self, recorded: Sequence[Vertex], stored: Linearisation) -> None:
@@ -172,12 +175,14 @@ class Rerun:
                 results = self._first(states, function, key, beside)
             elif step.program is None or not step.program.holds:
                 results = function(self(states), states)
-            elif self.writes.replays:
+            elif step.kind in self.writes.compared:
                 return self._replayed(step, step.program, states, left)
             else:
                 expected, results = function(self(states), states), self._replayed(step, step.program, states, 1)
-                self.writes.replays = all(map(_alike, results, expected))
-                if not self.writes.replays:
+                if all(map(_alike, results, expected)):
+                    self.writes.compared.add(step.kind)
+                else:
+                    self.writes.replays = False
                     self._step, results = step._replace(program=None), expected
             if left > 1:
                 states = cast(States, dict(zip(states, results, strict=True)))
@@ -193,7 +198,7 @@ class Rerun:
             for _ in range(times):
                 if [(x.dtype, x.stride()) for x in given] != step.layouts:
                     given = [_laid_out_as(v.stand_in, x) for v, x in zip(states, given, strict=True)]
-                if self.writes.compiler is not None and self.writes.replays:
+                if self.writes.compiler is not None and step.kind in self.writes.compared:
                     run = self._compiled_of(program, given)
                 given = run(given)
         self.surroundings.check()
@@ -225,14 +230,14 @@ class Rerun:
             program, results = None, function(self(states), states)
         if program is None:
             self.writes.replays = False
-        self._step = self._step._replace(program=program)
+        else:
+            self._step = self._step._replace(program=program, kind=program.kind)
         return results
 
     def _calls_nothing_else(self) -> bool:
         """Whether the model may be no more than the calls that it makes: not where others run at a module's call."""
-        return not (
-            self.writes.replays is False
-            or self.surroundings.draws
+        return self.writes.replays and not (
+            self.surroundings.draws
             or self.surroundings.has_autocast
             or self.cut.operations
             or not is_undisturbed()
@@ -374,6 +379,11 @@ class Surroundings:
         self.versions = [times_written(x) for x in self.fixed]
         self._counted = [x for x in self.fixed if not x.is_inference()]
         self._counts = versions(self._counted)
+        self._places = self._present_places()
+
+    def _present_places(self) -> list[int]:
+        """Where the numbers are, which PyTorch does not count as written to if others take their place (``x.data``)."""
+        return [x.data_ptr() for x in self.fixed if type(x) in _PLAIN]
 
     def check(self) -> None:
         """Refuse another run where it would not find what the forward pass found.
@@ -381,10 +391,11 @@ class Surroundings:
         Raises:
             RuntimeError: if a parameter or an input was changed in place since the forward pass.
         """
-        if versions(self._counted) == self._counts:
+        if versions(self._counted) == self._counts and self._present_places() == self._places:
             return
+        plain = dict(zip([id(x) for x in self.fixed if type(x) in _PLAIN], self._places, strict=True))
         for x, then in zip(self.fixed, self.versions, strict=True):
-            if times_written(x) != then:
+            if times_written(x) != then or (id(x) in plain and x.data_ptr() != plain[id(x)]):
                 raise RuntimeError(
                     f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
                     "for what is unfrozen: call backward() before optimizer.step(), and change copies"

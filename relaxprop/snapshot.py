@@ -20,6 +20,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
+from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +33,8 @@ from relaxprop._pytorch import deepcopy, is_capturing, nothing_cached
 
 # Parameters are the optimiser's, and what a module is made of is no state. The mode is set by the module's own way.
 _STRUCTURE = frozenset(vars(nn.Module()))
-_NO_STATE = {bool, int, float, complex, str, type(None)}  # most attributes are such
+# Most attributes are such. What a method is bound to is no part of the model (a trainer, with all that it holds).
+_NO_STATE = {bool, int, float, complex, str, type(None), MethodType}
 
 
 class Snapshot:
@@ -51,7 +54,8 @@ class Snapshot:
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         self.devices = sorted({x.get_device() for x in (*parameters, *inputs) if x.is_cuda})
         self.shared: list[str] = []
-        self._same = {id(x): x for x in (*self._modules, *parameters)}  # in every copy
+        self._same: dict[int, Any] = {id(x): x for x in (*self._modules, *parameters)}  # in every copy
+        self._parameters: list[_Held] = []
         self._modes = self._present_modes()
         self._held = self._copied(self._present())
         # During the capture of a CUDA graph nobody may ask a GPU's generator: `Rerun` refuses models that draw there.
@@ -59,7 +63,11 @@ class Snapshot:
         self._generators = [_Generator(get, put, get()) for get, put in _generators(asked)]
 
     def passed(self) -> bool:
-        """After a pass: whether any generator has drawn. Those that have not, need not be put back."""
+        """After a pass: whether any generator has drawn. Those that have not, need not be put back.
+
+        The parameters are those of the pass, which other tensors may have stood in for (`torch.func.functional_call`).
+        """
+        self._parameters = self._present_parameters()
         self._generators = [generator for generator in self._generators if generator.has_drawn()]
         return bool(self._generators)
 
@@ -67,10 +75,12 @@ class Snapshot:
     def restored(self) -> Iterator[None]:
         """Within it, a run of the model finds what was there at the moment; afterwards all is as it was before."""
         present, modes = self._present(), self._present_modes()
+        parameters = self._present_parameters()
+        others = [then for then, now in zip(self._parameters, parameters, strict=False) if not _is_same(then, now)]
         generators = [generator.now() for generator in self._generators]
         try:
             _set_modes(self._modes)
-            for _, place, held in self._copied(self._held):
+            for _, place, held in (*self._copied(self._held), *others):
                 _put(place, held)
             for generator in self._generators:
                 generator.put(generator.state)
@@ -79,7 +89,7 @@ class Snapshot:
         finally:
             for generator in generators:
                 generator.put(generator.state)
-            for _, place, held in present:
+            for _, place, held in (*present, *(parameters if others else ())):
                 _put(place, held)
             _set_modes(modes)
 
@@ -95,14 +105,28 @@ class Snapshot:
                 present.append(_Held(owner, own, {n: x for n, x in own.items() if n not in _STRUCTURE}))
         return present
 
+    def _present_parameters(self) -> list[_Held]:
+        return [
+            _Held(owner, module._parameters, dict(module._parameters))
+            for module, owner in self._modules.items()
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+
     def _copied(self, present: Sequence[_Held]) -> list[_Held]:
         """One copy of all: what two modules share, their copies share as well."""
-        memo: dict[int, Any] = dict(self._same)
-        with _TensorsInGraphsShared():
-            return [
-                _Held(owner, place, {name: self._copy(value, memo, owner + name) for name, value in held.items()})
-                for owner, place, held in present
-            ]
+        while True:
+            memo: dict[int, Any] = dict(self._same)
+            with _TensorsInGraphsShared():
+                copied = [
+                    _Held(owner, place, {name: self._copy(value, memo, owner + name) for name, value in held.items()})
+                    for owner, place, held in present
+                ]
+            # Parameters that are kept beside the module tree, in a list or an object, want their gradients too. A
+            # parameter copies itself without asking anybody; the memo keeps what was copied.
+            beside = [x for x in memo.get(id(memo), ()) if isinstance(x, nn.Parameter)]
+            if not beside:
+                return copied
+            self._same |= {id(x): x for x in beside}
 
     def _copy(self, value: Any, memo: dict[int, Any], name: str) -> Any:
         if type(value) in _NO_STATE:
@@ -130,6 +154,10 @@ class _Held(NamedTuple):
     owner: str
     place: MutableMapping[str, Any]
     held: Mapping[str, Any]
+
+
+def _is_same(one: _Held, other: _Held) -> bool:
+    return one.held.keys() == other.held.keys() and all(map(is_, one.held.values(), other.held.values()))
 
 
 def _put(place: MutableMapping[str, Any], held: Mapping[str, Any]) -> None:

@@ -138,15 +138,16 @@ class Transparent(nn.Module):
 def _stand_in_for(made: Transparent, kind: type[nn.Module]) -> None:
     """Gives a wrapper a class in the place of the module's: one that derives from it, where there can be one."""
     wrapper = type(made)
+    plain = getattr(kind, "forward", nn.Module.__call__)  # a scripted module's is each instance's own
 
-    @wraps(kind.forward)
+    @wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper.forward(self, *args, **kwargs)
 
     vars(forward).update(vars(wrapper.forward))
     # Accelerate takes its own forward off by following __wrapped__ to the end, which would be the plain module's.
     del forward.__wrapped__
-    cast(Any, forward).__signature__ = inspect.signature(kind.forward)
+    cast(Any, forward).__signature__ = inspect.signature(plain)
 
     def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
         return kind(*args, **kwargs)  # what a class method of the module makes is a plain module

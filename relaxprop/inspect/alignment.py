@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from relaxprop.derivatives import restored
-from relaxprop.feedback import backwards_weights, symmetric
+from relaxprop.feedback import backwards_weights, symmetric, weight_of
 from relaxprop.inspect.model import LossFunction, SamePass, check_loss_function, check_model, scalar, undisturbed
 from relaxprop.kept import refuse_reading
 from relaxprop.rule import LearningRule
@@ -99,7 +99,7 @@ def feedback_alignment(module: nn.Module) -> dict[str, Alignment]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     module = module.module if isinstance(module, LearningRule) else module
-    return {name: _compare(b, layer.weight) for name, layer, b in backwards_weights(module)}
+    return {name: _compare(b, weight_of(layer)) for name, layer, b in backwards_weights(module)}
 
 
 def _compare(gradient: Tensor, exact: Tensor) -> Alignment:

@@ -199,7 +199,8 @@ def refuse_target_of_its_own(rule: LearningRule) -> None:
     Raises:
         ValueError: if it has.
     """
-    if "target" in inspect.signature(type(rule.module).forward).parameters:
+    forward = getattr(type(rule.module), "forward", nn.Module.__call__)  # of a scripted module, only instances have one
+    if "target" in inspect.signature(forward).parameters:
         kind = type(rule.module).__name__
         raise ValueError(
             f"{rule_of(type(rule)).__name__} reads target=…, and {kind}.forward has an argument of that name: rename "

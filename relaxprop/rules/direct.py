@@ -79,8 +79,9 @@ class DirectFeedback(Rule):
     or numbers of the output's shape. The states do not follow the loss's scale then, as no loss is read: the output
     layer's gradient has the loss's scale, and that of all others is a sum over the samples.
 
-    B_i is drawn at the first pass that reaches vertex i, from the seed and the vertex's name alone. So it is the same
-    in every process and after every restart, is no part of ``state_dict()``, and needs no checkpoint.
+    B_i is drawn at the first pass that reaches vertex i, in float32 and from the seed and the vertex's name alone. So
+    it is the same in every process and after every restart, is no part of ``state_dict()``, and needs no checkpoint.
+    Of a module with several outputs, a loss reads the same ones in every pass.
 
     Args:
         module: any module; not one that returns its loss, which is one number for all samples.
@@ -101,12 +102,14 @@ class DirectFeedback(Rule):
     Raises:
         TypeError: if ``module`` is not a module or is already wrapped, or an option has the wrong type.
         ValueError: if an option is unknown or outside of its range, or no vertex is found; in the backward pass, if
-            output or vertices are not by samples, a B_i does not fit, or the target is missing or does not fit.
+            output or vertices are not by samples, a B_i does not fit, the loss reads other outputs than before, or the
+            target is missing or does not fit.
         NonFiniteStateError: in the backward pass, if a state is not finite (``check_finite``).
     """
 
     settings: DirectFeedbackSettings
     feedback: dict[str, Tensor]
+    _read_by_loss: tuple[int, ...] | None  # the places of the outputs whose errors B_i reads
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class DirectFeedback(Rule):
         keep_states: bool = False,
     ) -> None:
         super().__init__(module, DirectFeedbackSettings(vertices, check_finite, keep_states, error, seed, std))
-        vars(self)["feedback"] = {}
+        vars(self).update(feedback={}, _read_by_loss=None)
 
     def _configure(self, settings: Any) -> None:
         super()._configure(settings)
@@ -136,6 +139,14 @@ class DirectFeedback(Rule):
         return Described("none: all states are there as soon as ∂L/∂output is", ("∂L/∂output", "error broadcast"))
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
+        read = tuple([place for place, g in enumerate(graph.output_cotangents) if g is not None])
+        if self.feedback and self._read_by_loss not in (None, read):
+            raise ValueError(
+                f"the loss reads the outputs {read} of the module, counted from 0, and direct feedback has matrices "
+                f"for the errors of {self._read_by_loss}: let the loss read all of them in every pass, as by adding "
+                "0 * other_output.sum()"
+            )
+        vars(self)["_read_by_loss"] = read
         return self._fed_back(graph, _errors(graph))
 
     def _forward(self, args: Any, kwargs: Any) -> Any:
@@ -181,7 +192,8 @@ class DirectFeedback(Rule):
         B = self.feedback.get(vertex.name)
         if B is None:
             std = 1 / math.sqrt(n) if self.settings.std is None else float(self.settings.std)
-            drawn = torch.randn(n, *shape[1:], generator=_generator(self.settings.seed, vertex.name)) * std
+            generator = _generator(self.settings.seed, vertex.name)
+            drawn = torch.randn(n, *shape[1:], generator=generator, dtype=torch.float32) * std
             B = drawn.permute(0, *order).contiguous().permute(0, *_inverse(order))
         elif B.shape != (n, *shape[1:]):
             raise ValueError(
@@ -189,7 +201,9 @@ class DirectFeedback(Rule):
                 f"sample's error has {n} numbers and the vertex shape {tuple(shape)}: direct feedback means nothing "
                 "for outputs or activities of changing size"
             )
-        self.feedback[vertex.name] = B = B.to(errors)
+        # An error of lower precision, as within autocast, takes none from the numbers that are kept.
+        kept = self.feedback[vertex.name] = B.to(errors.device, torch.promote_types(B.dtype, errors.dtype))
+        B = kept.to(errors.dtype)
         laid = errors @ B.permute(0, *order).reshape(n, -1)
         state = laid.view(batch, *(shape[i] for i in order)).permute(0, *_inverse(order))
         return state.to(vertex.zeros().dtype) if state.dtype != activity.dtype else state
@@ -204,9 +218,13 @@ def _errors(graph: Graph) -> Tensor:
     driven = [g for g in graph.output_cotangents if g is not None]
     for g in driven:
         _check_samples(g, len(driven[0]) if driven[0].dim() else 0)
-    if len(driven) == 1:
-        return driven[0].flatten(1) if driven[0].dim() > 1 else driven[0].unsqueeze(1)
-    return torch.cat([g.reshape(len(g), -1) for g in driven], 1)
+    parts = [_by_sample(g) for g in driven]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _by_sample(x: Tensor) -> Tensor:
+    """Shape (batch, n)."""
+    return x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
 def _check_samples(output: Tensor, batch: int) -> None:
@@ -235,7 +253,7 @@ def _targets(graph: Graph, target: Any) -> Tensor:
         what = "no target was given" if target is None else f"got {type(target).__name__}"
         raise ValueError(f"error='target' reads the target as a tensor, and {what}: call model(x, target=labels)")
     if target.shape == output.shape and target.is_floating_point():
-        return target.detach().to(output).reshape(len(output), -1)
+        return _by_sample(target.detach().to(output))
     if output.dim() != 2 or target.shape != output.shape[:1] or target.is_floating_point():
         raise ValueError(
             "target must be numbers of the output's shape, or the classes of its samples: the output has shape "

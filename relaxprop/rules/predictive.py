@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from relaxprop.finite import DivergedError, check_states, in_float16
 from relaxprop.frozen import Frozen
 from relaxprop.graph import Gradients, Graph, Linearisation, States, vector_jacobian_product
-from relaxprop.nested import tensors_reached
+from relaxprop.nested import tensors_in, tensors_reached
 from relaxprop.recording import Recording, record
 from relaxprop.rule import rule_of, shown
 from relaxprop.rules.base import Described, Phase, Rule, RuleSettings, refuse_target_of_its_own
@@ -113,12 +113,21 @@ class EnergyRule(Rule):
     loss_fn: LossFunction | None
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction | None, settings: EnergySettings) -> None:
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn must map the module's result and the target to a loss, got {shown(loss_fn)}")
+        _check_loss_fn(loss_fn)
         super().__init__(module, settings)
         vars(self)["loss_fn"] = loss_fn
         if loss_fn is not None:
             refuse_target_of_its_own(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "loss_fn":
+            super().__setattr__(name, value)
+            return
+        _check_loss_fn(value)
+        if value is not None:
+            refuse_target_of_its_own(self)
+        vars(self)["loss_fn"] = value
+        self._configure(self.settings)  # the next pass is the first with this loss
 
     @property
     def _steps_run_model(self) -> bool:
@@ -164,8 +173,9 @@ class EnergyRule(Rule):
             )
 
         result = self.module(*args, **kwargs)
+        given = {id(x) for x in tensors_in((args, kwargs))}  # an input that is handed back stays the caller's
         for tensor in tensors_reached(result):
-            if tensor.grad_fn is not None:
+            if tensor.grad_fn is not None and id(tensor) not in given:
                 tensor.register_hook(refuse)  # type: ignore[no-untyped-call]
         return result
 
@@ -319,7 +329,7 @@ class EquilibriumPropagation(EnergyRule):
     def _moved(self, moving: _Moving, graph: Graph) -> tuple[States, Phase]:
         beta, given = float(self.settings.beta), graph.output_cotangents
         # A factor that a loss scaler puts on the loss is no part of the nudge.
-        scale = graph.output_scale() or 1.0
+        scale = _outer_factor(graph)
         signs = (1.0, -1.0) if self.settings.centred else (1.0,)
         share = scale / (beta * len(signs))
         states: dict[Any, Tensor] = {}
@@ -337,6 +347,11 @@ class EquilibriumPropagation(EnergyRule):
             graph.drive_outputs(given)
         moving.gradients = tuple(total)
         return states, moving.phase(graph, rests)
+
+
+def _outer_factor(graph: Graph) -> float:
+    """What the loss is multiplied by outside: of several losses, for the one that has the largest."""
+    return max([float(g) for g in graph.output_cotangents if g is not None], key=abs, default=1.0) or 1.0
 
 
 def _plus(total: Sequence[Tensor | None], more: Gradients, factor: float) -> list[Tensor | None]:
@@ -372,6 +387,8 @@ class _Moving:
         self.update = update
         self.rerun = update.rerun
         self.gradients: Gradients = ()
+        # The user may write into the loss, in the memory that the graph has it in.
+        self.losses = [y.detach().clone() if y.numel() == 1 else y for y in update.graph.outputs]
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
         _check_loss(graph, rule_of(type(self.rule)).__name__, has_loss_fn=self.rule.loss_fn is not None)
@@ -421,7 +438,7 @@ class _Moving:
         """
         if any(isinstance(m, Variant) for m in self.rule.module.modules()) or in_float16(graph.outputs):
             return
-        before, after = (_loss(graph, outputs) for outputs in (graph.stored.outputs, at.outputs))
+        before, after = (_loss(graph, outputs) for outputs in (self.losses, at.outputs))
         if not energy + after <= before + 1e-3 * abs(before):
             raise DivergedError(before, energy + after, ADVICE)
 
@@ -462,6 +479,16 @@ def _moves(states: States, drive: Gradients) -> list[Tensor | None]:
 def _loss(graph: Graph, outputs: Sequence[Tensor]) -> float:
     driven = zip(outputs, graph.output_cotangents, strict=True)
     return sum([float((y.detach() * g).real.sum()) for y, g in driven if g is not None])
+
+
+def _check_loss_fn(loss_fn: object) -> None:
+    """Refuse what maps nothing to a loss.
+
+    Raises:
+        TypeError: if it is neither callable nor None.
+    """
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must map the module's result and the target to a loss, got {shown(loss_fn)}")
 
 
 def _check_loss(graph: Graph, name: str, *, has_loss_fn: bool) -> None:
