@@ -415,7 +415,8 @@ class Run:
 
     def _note_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         output = map_tensors(self._note, output)
-        self.layers += [Layer(module, get_gradient_edge(x)) for x in tensors_requiring_grad(output)]
+        own = frozenset(map(id, module.parameters()))
+        self.layers += [Layer(own, get_gradient_edge(x)) for x in tensors_requiring_grad(output)]
         return output
 
     def _note(self, x: Tensor) -> Tensor:

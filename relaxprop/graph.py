@@ -28,7 +28,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from relaxprop._pytorch import is_leaf_node, leaf_of, run_backward
@@ -65,7 +65,7 @@ _Place = Node | Vertex
 class Layer(NamedTuple):
     """A call of a module with parameters of its own."""
 
-    module: nn.Module
+    own: frozenset[int]  # the ids of these parameters in the call
     output: GradientEdge
 
 

@@ -94,7 +94,7 @@ class Rerun:
         self.surroundings = Surroundings(module, tensors_in(given))
         self.recorded: Sequence[Vertex] = ()
         self.stored = Linearisation({}, ())
-        self.unchanged: Mapping[nn.Module, Sequence[HandedOn]] = {}
+        self.unchanged: dict[nn.Module, Sequence[HandedOn]] = {}
         self._step: _Step | None = None
         self._compiled: tuple[Program, Callable[..., Any]] | None = None
 
@@ -120,13 +120,12 @@ class Rerun:
         # Where operations are vertices, no layer stands before all of them.
         if not (self.surroundings.draws or self.cut.operations):
             # No state changes what the layers that are called before every vertex return, so no later run needs to
-            # compute it again. These layers read the input, and are often the most expensive ones. But what a norm
-            # notes of its input, others may read.
-            self.unchanged = {
-                layer: returned
-                for layer, returned in first.items()
-                if layer not in later and does_as_its_class_says(layer) and "running_mean" not in layer._buffers
-            }
+            # compute it again. These layers read the input, and are often the most expensive ones.
+            for layer, returned in first.items():
+                if layer.training and layer._buffers.get("running_mean") is not None:
+                    break  # what a norm notes of its input, others may read; and these hang on the norm
+                if layer not in later and does_as_its_class_says(layer):
+                    self.unchanged[layer] = returned
 
     def passed(self, recorded: Sequence[Vertex], stored: Linearisation) -> None:
         """After the feedforward pass: what every later run has to match.

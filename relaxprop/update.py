@@ -112,8 +112,8 @@ def _check_layers(graph: Graph, at: Linearisation, parameters: Sequence[Tensor])
     """
     trained = {id(p) for p in parameters}
     layers: dict[Node, set[int]] = {}  # what each may read; a module may return what another did
-    for module, output in at.layers:
-        layers.setdefault(output.node, set()).update(map(id, module.parameters()))
+    for layer in at.layers:
+        layers.setdefault(layer.output.node, set()).update(layer.own)
     ends = graph.cotangents({v: v.stand_in for v in graph.vertices}, at).tensors
     between = [node for end in ends if (node := _node(end)) not in layers]
     for stack, own in [(between, set[int]()), *(([node], own) for node, own in layers.items())]:

@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
-from relaxprop import ActivationRelaxation, ClosedForm, Equilibrium, Euler, alignment, drop_derivatives, use_feedback
+from relaxprop import (
+    ActivationRelaxation,
+    ClosedForm,
+    Equilibrium,
+    Euler,
+    alignment,
+    drop_derivatives,
+    feedback_alignment,
+    mirror_weights,
+    use_feedback,
+)
 from relaxprop.feedback import FeedbackRule
 from relaxprop.solvers import Solver
 from tests.compare import assert_literal, assert_same, backward, gradients, squares
@@ -233,6 +244,8 @@ def test_a_subclass_without_a_forward_pass_of_its_own_is_as_safe_as_its_base() -
         (nn.Conv2d(1, 1, 3, padding_mode="circular"), "random", ValueError, ("padding_mode", "circular", "zeros")),
         (nn.Conv1d(1, 1, 4, padding="same"), "random", ValueError, ("padding='same'", "even")),
         (nn.LazyLinear(3), "random", ValueError, ("before its first forward pass",)),
+        (nn.Linear(2, 2, dtype=torch.complex64), "random", ValueError, ("its weight is complex", "skip=(Linear,)")),
+        (nn.Conv2d(1, 1, 3, dtype=torch.complex64), "sign", ValueError, ("its weight is complex", "skip=(Conv2d,)")),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else str(x),
 )
@@ -243,6 +256,50 @@ def test_feedback_is_refused_where_it_would_not_be_right(
         use_feedback(module, rule)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_look_at_a_weight_does_not_iterate_what_computes_it() -> None:
+    network = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 2))
+    network(torch.randn(3, 6))
+
+    def vectors() -> list[Tensor]:
+        return [x.clone() for name, x in network.named_buffers() if "parametrizations" in name]
+
+    before = vectors()
+    assert len(before) == 2
+    rules: list[FeedbackRule] = ["learned", "mirror", "random", "fixed-sign", "batch-sign", "sign"]
+    for rule in rules:
+        use_feedback(network, rule)
+        feedback_alignment(network)
+        if rule == "mirror":
+            mirror_weights(network)
+    assert all(map(torch.equal, vectors(), before))
+    assert network.training
+    assert all(m.training for m in network.modules())
+    network(torch.randn(3, 6))  # as ever
+    assert not all(map(torch.equal, vectors(), before))
+
+
+def test_mirrors_learn_where_nothing_else_is_recorded() -> None:
+    network = use_feedback(mlp(4, 5, 3), "mirror")
+    twin = copy.deepcopy(network)
+    torch.manual_seed(3)
+    mirror_weights(network)
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        mirror_weights(twin)
+    assert_same(twin.get_buffer("0.feedback"), network.get_buffer("0.feedback"))
+    backward(ActivationRelaxation(twin)(torch.randn(2, 4)).sum())
+
+
+def test_learned_backwards_weights_of_a_shared_weight_have_their_own_layers_gradient() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    network = use_feedback(nn.Sequential(first, nn.Tanh(), second))
+    parts: Any = network
+    assert parts[0].weight is parts[2].weight
+    backward(squares(ActivationRelaxation(network)(torch.randn(3, 4))))
+    assert_same(parts[0].weight.grad, parts[0].feedback.grad + parts[2].feedback.grad)
 
 
 # ----------------------------------------------------------------------------------------------- dropped derivatives

@@ -210,6 +210,8 @@ class PredictiveCoding(EnergyRule):
     The loss's scale is part of the rule: the larger it is, the farther the activities move from x̄. As it goes to zero,
     the gradient at rest goes to backpropagation's, with first order. For predictions that stay as the feedforward pass
     made them, take ``ActivationRelaxation(module, initial="zero")``. n steps cost n forward passes and n products.
+    An activity that was computed from nothing that requires a gradient is an input of the rest, and stays: where the
+    first layers are frozen, the others have other gradients than where these move.
 
     Args:
         module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
@@ -270,7 +272,7 @@ class EquilibriumPropagation(EnergyRule):
 
     The loss is given, and the target with the input, as for `PredictiveCoding`; or ``module`` returns its loss. A
     factor of the loss outside of it scales the gradient, and no activity. n steps cost n forward passes and n products
-    in each of the two phases.
+    in each of the two phases. As in `PredictiveCoding`, what was computed from nothing that requires a gradient stays.
 
     Args:
         module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
