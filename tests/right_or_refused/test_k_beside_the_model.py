@@ -85,10 +85,9 @@ class Hides(nn.Module):
     def __init__(self, way: str, layer: nn.Module, scale: nn.Parameter) -> None:
         super().__init__()
         self.enter, self.f, self.g, self.read = nn.Linear(4, 5), nn.Tanh(), nn.Tanh(), nn.Linear(5, 3)
-        self.kept: Any
         if way == "registered":
             self.layer, self.scale = layer, scale
-        self.kept = {
+        ways: dict[str, Callable[[], Any]] = {
             "registered": lambda: None,
             "list": lambda: [layer, scale],
             "tuple": lambda: (layer, scale),
@@ -96,7 +95,8 @@ class Hides(nn.Module):
             "nested": lambda: [{"both": [layer, scale]}],
             "object": lambda: Owner(layer, scale),
             "partial": lambda: partial(tuple, (layer, scale)),
-        }[way]()
+        }
+        self.kept = ways[way]()
 
     def forward(self, x: Tensor) -> Tensor:
         kept = self.kept
