@@ -80,6 +80,7 @@ def record(
     frozen: Frozen = ALL_FROZEN,
     writes: Writes | None = None,
     report_unrelaxed: bool = False,
+    parts: Mapping[nn.Module, str] | None = None,
 ) -> Recording:
     """One forward pass, to be called with gradients enabled.
 
@@ -93,6 +94,7 @@ def record(
         frozen: what the relaxation phase and the update take from this pass, and what from another at the states.
         writes: what earlier passes have shown of the model; this pass adds to it.
         report_unrelaxed: whether to look for what did not relax.
+        parts: the names of the model's parts, if they are others than `named_parts` gives them.
 
     Raises:
         TypeError: if the model's result holds tensors in an object that PyTorch cannot take apart.
@@ -102,7 +104,7 @@ def record(
     """
     kwargs = kwargs or {}
     writes = writes or Writes()
-    parts = named_parts(module)
+    parts = parts or named_parts(module)
     runs_again = frozen != ALL_FROZEN
     cut = Cut(
         modules=choose_vertices(module, parts, vertices),

@@ -37,7 +37,7 @@ from relaxprop.rules.base import Described, Phase, Rule, RuleSettings, refuse_ta
 from relaxprop.transients import check_count, check_step_size
 from relaxprop.update import Update, gradients
 from relaxprop.variants import Variant
-from relaxprop.vertices import Granularity, are_operations, find_vertices
+from relaxprop.vertices import Granularity, are_operations, find_vertices, named_parts
 
 LossFunction = Callable[[Any, Any], Tensor]
 _CLOCK = "simultaneous: all activities step together, by a global clock"
@@ -155,9 +155,12 @@ class EnergyRule(Rule):
 
     def _recorded_with_loss(self, args: Any, kwargs: Any) -> Recording:
         vertices = tuple(find_vertices(self.module, self.settings.vertices))
-        within = self.module if self.loss_fn is None else WithLoss(self.module, self.loss_fn)
+        within, parts = self.module, named_parts(self.module)
+        if self.loss_fn is not None:
+            within = WithLoss(self.module, self.loss_fn)
+            parts = {**named_parts(within), **parts}  # the network's own names, and the loss's beside them
         try:
-            return record(within, vertices, args, kwargs, frozen=_MOVING, writes=self._writes)
+            return record(within, vertices, args, kwargs, frozen=_MOVING, writes=self._writes, parts=parts)
         except (RuntimeError, ValueError) as error:
             error.add_note(f"{rule_of(type(self)).__name__} runs the module again at every step's activities")
             raise

@@ -527,3 +527,12 @@ def test_what_it_costs(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     phases = 1 if kind is PredictiveCoding else 2
     assert phase.passes == 4 * phases == len(passes) - 1
     assert phase.products == 5 * phases == len(products)
+
+
+@pytest.mark.parametrize("kind", [PredictiveCoding, EquilibriumPropagation])
+def test_vertices_have_the_networks_own_names(kind: Any) -> None:
+    network, x, y = mlp(4, 5, 5, 3), torch.randn(2, 4), torch.randn(2, 3)
+    for loss_fn in (nn.MSELoss(), nn.functional.mse_loss):
+        model = kind(network, loss_fn, num_steps=2, keep_states=True)
+        backward(model(x, target=y))
+        assert list(model.last_phase.states) == ["1", "3"]
