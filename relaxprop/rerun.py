@@ -32,7 +32,6 @@ from relaxprop._pytorch import (
     is_compiled,
     is_undisturbed,
     unhook_calls,
-    versions,
 )
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
 from relaxprop.graph import Function, Linearisation, States, Vertex
@@ -343,7 +342,7 @@ class Surroundings:
         self.before = Snapshot(module, inputs)
         self.inputs = inputs
         self.fixed = [*parameters, *inputs]
-        self._note_versions()
+        self.signs = self._signs()
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in (("cpu", "cuda") if self.before.devices else ("cpu",))
@@ -365,24 +364,18 @@ class Surroundings:
         Raises:
             ValueError: if the model wrote into its input, so that the input is gone.
         """
-        for x, then in zip(self.inputs, self.versions[len(self.versions) - len(self.inputs) :], strict=True):
+        for x, (then, _) in zip(self.inputs, self.signs[len(self.signs) - len(self.inputs) :], strict=True):
             if times_written(x) != then:
                 raise ValueError(
                     f"frozen: the model writes in place into {self._name(x)}, so it cannot be run again on it, as "
                     "what is unfrozen needs: let the model work on a copy (x = x.clone())"
                 )
         self.draws = self.before.passed()
-        self._note_versions()
+        self.signs = self._signs()
 
-    def _note_versions(self) -> None:
-        self.versions = [times_written(x) for x in self.fixed]
-        self._counted = [x for x in self.fixed if not x.is_inference()]
-        self._counts = versions(self._counted)
-        self._places = self._present_places()
-
-    def _present_places(self) -> list[int]:
-        """Where the numbers are, which PyTorch does not count as written to if others take their place (``x.data``)."""
-        return [x.data_ptr() for x in self.fixed if type(x) in _PLAIN]
+    def _signs(self) -> list[tuple[int, int]]:
+        """What changes where a tensor is written to, or other numbers take the place of its own (``x.data``)."""
+        return [(times_written(x), x.data_ptr() if type(x) in _PLAIN else 0) for x in self.fixed]
 
     def check(self) -> None:
         """Refuse another run where it would not find what the forward pass found.
@@ -390,15 +383,14 @@ class Surroundings:
         Raises:
             RuntimeError: if a parameter or an input was changed in place since the forward pass.
         """
-        if versions(self._counted) == self._counts and self._present_places() == self._places:
+        signs = self._signs()
+        if signs == self.signs:
             return
-        plain = dict(zip([id(x) for x in self.fixed if type(x) in _PLAIN], self._places, strict=True))
-        for x, then in zip(self.fixed, self.versions, strict=True):
-            if times_written(x) != then or (id(x) in plain and x.data_ptr() != plain[id(x)]):
-                raise RuntimeError(
-                    f"frozen: {self._name(x)} was changed in place since the forward pass, which has to be run again "
-                    "for what is unfrozen: call backward() before optimizer.step(), and change copies"
-                )
+        changed = next(x for x, then, now in zip(self.fixed, self.signs, signs, strict=True) if then != now)
+        raise RuntimeError(
+            f"frozen: {self._name(changed)} was changed in place since the forward pass, which has to be run again "
+            "for what is unfrozen: call backward() before optimizer.step(), and change copies"
+        )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
