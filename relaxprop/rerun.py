@@ -397,9 +397,15 @@ class Surroundings:
         """Within it, a run of the model finds what the forward pass found; afterwards all is as it was.
 
         Raises:
-            RuntimeError: if a parameter or an input was changed in place since the forward pass.
+            RuntimeError: if a parameter or an input was changed in place since the forward pass, or no graph can be
+                recorded.
         """
         self.check()
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "frozen: the backward pass runs within torch.inference_mode(), where the model that has to run again "
+                "records no graph: call backward() outside of it"
+            )
         with ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
                 if enabled or torch.is_autocast_enabled(kind):

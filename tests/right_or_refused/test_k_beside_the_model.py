@@ -237,6 +237,14 @@ def test_numbers_that_take_the_place_of_a_parameters_are_seen(wrap: Wrap) -> Non
         backward(loss)
 
 
+@run_again
+def test_a_backward_pass_in_inference_mode_is_refused(wrap: Wrap) -> None:
+    (x, target), network = data(), mlp(4, 5, 5, 3)
+    loss = wrap(network)(x, target)
+    with torch.inference_mode(), refuses(RuntimeError, "within torch.inference_mode()", "outside of it"):
+        backward(loss)
+
+
 @pytest.mark.parametrize("kind", [PredictiveCoding, EquilibriumPropagation])
 def test_an_array_may_be_filled_again_after_the_forward_pass(kind: Any) -> None:
     (x, target), network = data(), mlp(4, 5, 3)
