@@ -513,18 +513,19 @@ def _mirrored(layer: _Feedback, samples: int) -> tuple[Tensor, Tensor]:
     assert synapses.noise is not None
     W = weight_of(layer).detach()
     noise = torch.randn(samples, *synapses.noise(layer), dtype=W.dtype, device=W.device)
+    share = 1 / samples if W.dtype == torch.float16 else 1.0  # of each sample, whose sum is to stay in the type's range
 
     def product(x: Tensor, y: Tensor | None) -> Tensor:
-        """y x^T, summed over samples and places; y = 1 where it is None."""
+        """y x^T, summed over samples and places, times the share; y = 1 where it is None."""
         with torch.enable_grad():
             leaf = W.clone().requires_grad_()
             u = synapses.forward(layer, x, leaf)
-            (found,) = torch.autograd.grad(u, leaf, torch.ones_like(u) if y is None else y)
+            (found,) = torch.autograd.grad(u, leaf, (torch.ones_like(u) if y is None else y) * share)
         return found
 
     response = synapses.forward(layer, noise, W) - synapses.forward(layer, torch.zeros_like(noise), W)
     pairs = product(torch.ones_like(noise), None)
-    return product(noise, response) / pairs.clamp(min=1), pairs > 0
+    return product(noise, response) / pairs.clamp(min=share), pairs > 0
 
 
 @contextmanager

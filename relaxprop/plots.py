@@ -50,7 +50,7 @@ def convergence_curves(result: Convergence, *, ax: Axes | None = None) -> Axes:
         raise TypeError(f"result must be what relaxprop.convergence returns, got {type(result).__name__}")
     ax = _axes(ax)
     for name, measured in result.measured.items():
-        if not name.endswith("weight"):
+        if _is_bias(name):
             continue
         steps = np.arange(len(measured))
         (line,) = ax.plot(steps, measured, label=name if measured.any() else f"{name} (exact from the start)")
@@ -97,14 +97,21 @@ def alignment_over_training(
             f"and {len(places)} places"
         )
     ax = _axes(ax)
-    names = [name for name in measurements[0] if not name.endswith("bias")]
+    # A layer may be frozen, or thawed, on the way.
+    names = dict.fromkeys(name for found in measurements for name in found if not _is_bias(name))
     for name in names:
-        ax.plot(places, [found[name].cosine for found in measurements], marker=".", label=name)
+        cosines = [found[name].cosine if name in found else np.nan for found in measurements]
+        ax.plot(places, cosines, marker=".", label=name)
     ax.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     ax.set(ylim=(-1.05, 1.05), xlabel="minibatches" if at is None else "training", ylabel="cosine")
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
     return ax
+
+
+def _is_bias(parameter: str) -> bool:
+    """Whether a parameter of this name is a bias, as of a recurrent layer (``bias_ih_l0``) too."""
+    return parameter.rpartition(".")[2].startswith("bias")
 
 
 def hop_distribution(solver: Solver, depth: int, *, ax: Axes | None = None) -> Axes:
@@ -190,11 +197,15 @@ def states_over_steps(
 
     Raises:
         ModuleNotFoundError: if Matplotlib is not installed.
-        TypeError: if a record is None.
-        ValueError: if there is no record, a record has no states or no such vertex or sample, or no number of steps is
-            known.
+        TypeError: if ``records`` is one record and no list of them, a record is None, or ``sample`` no integer.
+        ValueError: if there is no record, a record has no states or no such vertex or sample, its states are complex,
+            or no number of steps is known.
     """
     check_count("units", units)
+    if isinstance(records, Relaxation):
+        raise TypeError("records must be a list of records, one for each number of steps, got one of them")
+    if isinstance(sample, bool) or not isinstance(sample, int):
+        raise TypeError(f"sample must be an integer, got {sample!r}")
     if None in records:
         raise TypeError("a record is None, as model.last_relaxation is before the first backward pass")
     places = [record.num_steps for record in records] if at is None else list(at)
@@ -212,6 +223,8 @@ def states_over_steps(
         state = record.states[vertex]
         if not 0 <= sample < len(state):
             raise ValueError(f"sample must be at least 0 and below {len(state)}, got {sample!r}")
+        if state.is_complex():
+            raise ValueError(f"the states of vertex {vertex!r} are complex, of which one line for each unit says half")
         lines.append(state[sample].detach().double().flatten()[:units].cpu().numpy())
     ax = _axes(ax)
     ax.plot(np.array(places, dtype=np.float64), np.stack(lines))

@@ -29,9 +29,18 @@ _NAMES = """
     ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D PixelShuffle PixelUnshuffle
     AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D UpsampleNearest1D
     UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D
+    FftR2C FftC2R FftC2C ViewAsReal ViewAsComplex Complex Real Imag Conj ConjPhysical Lerp Trace Take Trilinear Rot90
+    IndexFill DiagEmbed DiagonalScatter Addr Addcmul LinalgCross Cross SparseAddmm Kron Tensordot
     SendBack SharedGradient
 """
 _LINEAR = frozenset(_NAMES.split())
+_VIEWS = {
+    *("Alias", "AsStrided", "Clone", "Conj", "Expand", "Permute", "ReshapeAlias", "Squeeze", "T", "Transpose"),
+    *("UnsafeView", "Unsqueeze", "View"),
+}
+_PRODUCTS = {
+    *("Addbmm", "Addcmul", "Addmm", "Addmv", "Baddbmm", "Bmm", "Dot", "Lerp", "Linear", "Mm", "Mul", "Mv", "Trilinear"),
+}
 
 
 def inside(args: Any, outputs: Any) -> set[Node]:
@@ -76,7 +85,19 @@ def _is_linear(node: Node) -> bool:
     kind = _kind(node)
     if kind == "Div":  # linear in what it divides
         return all(read is None for read, _ in node.next_functions[1:])
-    return kind in _LINEAR
+    if kind not in _LINEAR:
+        return False
+    if kind not in _PRODUCTS:
+        return True
+    read = [_seen_through(source) for source, _ in node.next_functions if source is not None]
+    return len(set(read)) == len(read)  # a tensor times itself is a square
+
+
+def _seen_through(node: Node) -> Node:
+    """What computed the numbers of a view."""
+    while _kind(node) in _VIEWS and (source := node.next_functions[0][0]) is not None:
+        node = source
+    return node
 
 
 def _name(node: Node) -> str:

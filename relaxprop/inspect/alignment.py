@@ -62,6 +62,8 @@ def alignment(model: LearningRule, loss_fn: LossFunction, *inputs: Any, **kwargs
     check_model(model, LearningRule)
     check_loss_function(loss_fn)
     parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
+    if not parameters:
+        return {}
     same_pass = SamePass(model)
 
     def gradients(forward: Callable[..., Any]) -> tuple[Tensor | None, ...]:
@@ -115,5 +117,6 @@ def _compare(gradient: Tensor, exact: Tensor) -> Alignment:
 
 
 def numbers(gradient: Tensor) -> Tensor:
-    """All numbers of a gradient in one row, in double precision; complex ones as pairs."""
+    """All numbers of a gradient in one row, in double precision: complex ones as pairs, sparse ones with zeros."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
     return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).double().flatten()

@@ -3,7 +3,7 @@ r"""How far a relaxation phase has converged: what is left of its initial state,
 Nothing here changes the model, as in `inspect.alignment`.
 
 May import: derivatives, feedback, frozen, graph, inspect.alignment, inspect.model, kept, solvers, transients,
-update, wrapper.
+update, variants, wrapper.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from relaxprop.kept import refuse_reading
 from relaxprop.solvers import Euler, Solver
 from relaxprop.transients import discrete_hops
 from relaxprop.update import gradients
+from relaxprop.variants import Variant
 from relaxprop.wrapper import ActivationRelaxation
 
 
@@ -75,8 +76,10 @@ class Convergence:
         solver: the solver whose steps were followed.
         depth: D, the number of vertices on the longest path.
         measured: by parameter name, ``‖g_n − g*‖ / ‖g*‖`` after n = 0, 1, …, num_steps steps; shape (num_steps + 1,).
-        predicted: the same from the hop distribution, ``g_n − g* = Σ_k c_k(n) E_k``, without taking a step (E_k: what
-            ``A^k (x̄ − x*)`` contributes to the gradient). For an asynchronous order, of the expected gradient.
+        predicted: the same from the hop distribution, ``g_n − g* = Σ_k c_k(n) E_k + E``, without taking a step (E_k:
+            what ``A^k (x̄ − x*)`` contributes to the gradient; E: how far the gradient at x* is from backpropagation's,
+            which is rounding but for backwards weights and dropped derivatives). For an asynchronous order, of the
+            expected gradient.
     """
 
     solver: Euler
@@ -102,8 +105,8 @@ def convergence(
 
     Raises:
         TypeError: if ``model`` is not wrapped, ``loss_fn`` is no function, or the loss is not a scalar.
-        ValueError: if no solver is given and the model's own has no steps to follow, or if not everything is frozen,
-            where the gradient is not a sum over hops.
+        ValueError: if no solver is given and the model's own has no steps to follow, if not everything is frozen,
+            where the gradient is not a sum over hops, or if no parameter requires a gradient.
         RuntimeError: if the passes differ, since the model keeps a state where it is not put back.
     """
     check_model(model)
@@ -119,17 +122,24 @@ def convergence(
     if euler is None:
         raise ValueError(f"solver: {followed} has no steps to follow, pass solver=Euler(step_size, num_steps)")
     with undisturbed(model), torch.enable_grad():
-        return _follow(euler, *_driven_graph(model, loss_fn, inputs, kwargs))
+        elsewhere = any(isinstance(m, Variant) for m in model.module.modules())
+        return _follow(euler, *_driven_graph(model, loss_fn, inputs, kwargs), elsewhere=elsewhere)
 
 
-def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: dict[str, Tensor]) -> Convergence:
-    """The curves of a graph whose outputs are driven, for parameters by name and backpropagation's gradients."""
+def _follow(
+    euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: dict[str, Tensor], *, elsewhere: bool
+) -> Convergence:
+    """The curves of a graph whose outputs are driven, for parameters by name and backpropagation's gradients.
+
+    ``elsewhere``: whether the states go to another limit than backpropagation's gradients.
+    """
     initial = graph.initial_states()
     scale = {name: float(numbers(exact[name]).norm()) for name in parameters}
 
     def gradients_of(states: States, driven: bool) -> dict[str, Tensor]:
         found = gradients(graph, states, list(parameters.values()), driven=driven)
-        return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+        pairs = zip(parameters.items(), found, strict=True)
+        return {name: torch.zeros_like(p) if g is None else _dense(g) for (name, p), g in pairs}
 
     measured: dict[str, list[float]] = {name: [] for name in parameters}
     followed = (states for states, _ in euler.trajectory(graph, initial))
@@ -138,7 +148,8 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
             measured[name].append(float(numbers(g - exact[name]).norm()) / scale[name])
 
     # x_n − x* = Σ_k c_k A^k (x̄ − x*), so a Gram matrix of the D contributions holds every norm for all n.
-    difference = {v: initial[v] - x for v, x in graph.sweep(lambda _, arriving: arriving).items()}
+    limit = graph.sweep(lambda _, arriving: arriving)
+    difference = {v: initial[v] - x for v, x in limit.items()}
     contributions: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for _ in range(graph.depth):
         for name, g in gradients_of(difference, False).items():
@@ -146,11 +157,20 @@ def _follow(euler: Euler, graph: Graph, parameters: dict[str, Tensor], exact: di
         difference = graph.transport(difference)
     steps = range(euler.steps(graph.depth) + 1)
     c = np.stack([discrete_hops(graph.depth, euler.step_size, n, euler.order).initial for n in steps])
+    if elsewhere:
+        c = np.column_stack([c, np.ones(len(c))])
+        for name, g in gradients_of(limit, True).items():
+            contributions[name].append(g - exact[name])
     predicted = {}
     for name, parts in contributions.items():
         gram = _gram_matrix(parts)
         predicted[name] = np.sqrt(np.maximum(np.einsum("nk,kl,nl->n", c, gram, c), 0)) / scale[name]
     return Convergence(euler, graph.depth, {n: np.array(m) for n, m in measured.items()}, predicted)
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """An embedding may give its gradient without the zeros."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _gram_matrix(parts: Sequence[Tensor]) -> NDArray[np.float64]:
@@ -179,8 +199,11 @@ def _driven_graph(
         names = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         with same_pass():
             result = model.module(*inputs, **kwargs)
+        if not names:
+            raise ValueError("no parameter of the model requires a gradient, so there is none to follow")
         found = torch.autograd.grad(scalar(loss_fn(result)), list(names.values()), allow_unused=True)
-    exact = {name: g for name, g in zip(names, found, strict=True) if g is not None and g.count_nonzero()}
+    dense = {name: _dense(g) for name, g in zip(names, found, strict=True) if g is not None}
+    exact = {name: g for name, g in dense.items() if g.count_nonzero()}
     with same_pass():
         recording = model.record(inputs, kwargs)
     outputs = [output.detach().requires_grad_() for output in recording.graph.outputs]

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from relaxprop._pytorch import is_compiled
+from relaxprop._pytorch import is_compiled, version
 from relaxprop.nested import tensors_in
 from relaxprop.rule import LearningRule, rule_of
 from relaxprop.snapshot import Snapshot, alike, but_for
@@ -24,13 +25,22 @@ LossFunction = Callable[[Any], Tensor]
 
 @contextmanager
 def undisturbed(model: LearningRule) -> Iterator[None]:
-    """Within it, forward passes leave no trace: they work on a copy of the module's state (`Snapshot`)."""
+    """Within it, forward passes leave no trace: they work on a copy of the module's state (`Snapshot`), and parameters
+    that they write into (as ``nn.Embedding(max_norm=…)`` does) get their numbers back.
+    """
     kept = vars(model)[model._record_name]
+    parameters = [(p, p.detach(), p.detach().clone(), version(p)) for p in model.module.parameters()]
     try:
         with Snapshot(model.module).restored():
             yield
     finally:
         model._keep_record(kept)
+        for p, memory, numbers, then in parameters:
+            if p.data_ptr() != memory.data_ptr():
+                p.data = memory
+            if version(p) != then:
+                with torch.no_grad():
+                    p.copy_(numbers)
 
 
 class SamePass:
@@ -84,12 +94,24 @@ class SamePass:
 
 
 def check_model(model: object, kind: type[LearningRule] = ActivationRelaxation) -> None:
-    """Refuse what is not wrapped, in this kind of rule.
+    """Refuse what is not wrapped, in this kind of rule, and what no pass can be looked at of.
 
     Raises:
         TypeError: if it is not one.
+        ValueError: if it has lazy modules that have not seen an input yet.
+        RuntimeError: within ``torch.inference_mode()``.
     """
     if isinstance(model, kind):
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "no gradient can be looked at within torch.inference_mode(): call this outside of it (torch.no_grad() "
+                "is no hindrance)"
+            )
+        if any(is_lazy(x) for x in (*model.module.parameters(), *model.module.buffers())):
+            raise ValueError(
+                "the model has lazy modules, which take shape in their first forward pass: call the model once under "
+                "torch.no_grad() before you look at it"
+            )
         return
     must = (
         "an ActivationRelaxation"

@@ -114,10 +114,11 @@ _Ways = Mapping[Node, Mapping[_Leaf, _Uses]]
 # Linear in each argument, so that an error on its way to one of them reads the other ones only.
 _LINEAR = {
     *("Mm", "Addmm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Dot", "Linear", "Convolution"),
-    *("Mul", "Div", "Addcmul", "NllLoss", "NllLoss2D"),
+    *("Mul", "Div", "Addcmul", "Lerp", "Trilinear", "NllLoss", "NllLoss2D"),
 }
 _SELECTIONS = {"Max", "Min", "Sort", "Topk", "Kthvalue", "Median", "Mode", "Cummax", "Cummin"}  # save no values
-_GAINS = {"Mul", "Div", "Addcmul", "PreluKernel"}  # and norms: one number per unit, which the unit itself knows
+_GAINS = {"Mul", "Div", "Addcmul", "Lerp", "PreluKernel"}  # and norms: one number per unit, which the unit itself knows
+_RECURRENT = {"MkldnnRnnLayer", "CudnnRnn", "MiopenRnn"}  # a layer with all its moments in one node
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _EITHER_WAY: Any = backward_class(EitherWay)
 _SEND_BACK: Any = backward_class(SendBack)
@@ -250,6 +251,9 @@ class Walk:
                 self.saved[node] = [(x, _node(x) if x.requires_grad else None) for x in _saved(node)]
                 self.sources[node] = self._sources(node)
                 self.order.append(node)
+                for x, computed in self.saved[node]:
+                    if computed is not None and computed not in self.sources:
+                        self._visit(x)  # what no way to the input passes
         return first
 
     def _computed_from(self, node: Node) -> list[tuple[int, Node]]:
@@ -310,6 +314,10 @@ class Walk:
         if operation in _LINEAR or ("BatchNorm" in operation and not measures):
             is_square = [n for n, _ in node.next_functions].count(earlier) > 1
             saved = [(x, computed) for x, computed in saved if computed is not earlier or is_square]
+        if operation in _RECURRENT:
+            uses |= self._through_time(node, within, to_parameters=_are_parameters(self.sources[earlier]))
+            if not _are_parameters(self.sources[earlier]):
+                return uses
         if _are_parameters(self.sources[earlier]):  # not the error's way on, but the parameter's branch
             for _, computed in saved:
                 if computed not in (None, node) and not _are_parameters(self.sources[computed]):
@@ -325,6 +333,15 @@ class Walk:
                 uses |= {_Use("gain" if is_gain else "weight", name): None for name in weights}
             elif sources:
                 uses[function._replace(moves=_move(sources))] = None
+        return uses
+
+    def _through_time(self, node: Node, within: str, *, to_parameters: bool) -> _Uses:
+        """What carries the error from moment to moment of a layer, and from there to its input."""
+        uses: _Uses = {_Use("derivative", within, _move(self.sources[node]), within): None}
+        for x, computed in self.saved[node]:
+            for name in self._weights(x, frozenset() if computed is None else self.sources[computed]):
+                if "weight_hh" in name or ("weight_ih" in name and not to_parameters):
+                    uses[_Use("weight", name)] = None
         return uses
 
     def _backwards_weights(self, rule: FeedbackRule, layer: str) -> _Uses:

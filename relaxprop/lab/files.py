@@ -23,6 +23,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OutputError: if it cannot be written; what was there before is still there.
     """
+    if not path.name or path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder, name a file")
     partial = path.with_name(f".{path.name}.{uuid4().hex}{_PARTIAL}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

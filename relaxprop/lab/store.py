@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +52,7 @@ from relaxprop.lab.results import BATCHED, EpochMetrics, FinishedRun, Head, RunL
 
 _LOCALITY = TypeAdapter(Locality)
 _CERTIFICATE = TypeAdapter(dict[str, float])
+_ENVIRONMENT = TypeAdapter(dict[str, Any])
 _log = logging.getLogger(__name__)
 
 
@@ -153,6 +154,11 @@ class Record:
                 ) from error
             lines = []
         if epoch is None:
+            if mend and 0 < len(lines) < self.config.epochs:
+                raise OutputError(
+                    f"{self.path} holds a run of {len(lines)} epochs without its weights, from which it cannot go on, "
+                    f"and computing {self.config.epochs} would write over it: name another folder by --runs"
+                )
             return lines if len(lines) >= self.config.epochs else []
         if checked is None:
             return lines[:epoch]
@@ -240,8 +246,9 @@ def read_lines(path: Path) -> Records:
             its description, or lines are missing.
     """
     try:
-        first, *texts = path.read_text(encoding="utf-8").splitlines()
-        head = Head.model_validate_json(first)
+        if not (texts := path.read_text(encoding="utf-8").splitlines()):
+            raise ValueError("it is empty")
+        head = Head.model_validate_json(texts.pop(0))
     except OSError as error:
         raise OutputError(f"{path} is no file of records: {error.strerror or error}") from error
     except ValueError as error:  # of a first line that is missing or another
@@ -265,6 +272,31 @@ def read_lines(path: Path) -> Records:
     if len(runs) != head.runs:
         raise OutputError(f"{path} has {len(runs)} runs, and its first line says {head.runs}: fetch the file again")
     return Records(head, conditions, runs)
+
+
+def refuse_to_discard(path: Path, makes: Callable[[str | None, RunConfig], int]) -> None:
+    """Refuse a command, before it computes anything, whose records would take the place of others.
+
+    Args:
+        path: of the file of records that it will write.
+        makes: how many epochs the command makes of a run of a condition; 0 where it does not make it.
+
+    Raises:
+        OutputError: if the file holds runs that the command does not make, or more of their epochs, or cannot be read.
+    """
+    if not path.exists():
+        return
+    way_out = "move that file away, or name another folder by --out"
+    try:
+        kept = read_lines(path)
+    except OutputError as error:
+        raise OutputError(f"{error}; this command would write over it: {way_out}") from error
+    pairs = zip(kept.conditions, kept.runs, strict=True)
+    if others := [run for name, run in pairs if makes(name, run.config) < run.config.epochs]:
+        raise OutputError(
+            f"{path} holds {len(kept.runs)} runs of {kept.head.command!r}. This command would write over it, and does "
+            f"not make {len(others)} of them, or not for as many epochs: {way_out}"
+        )
 
 
 def first_reason(error: ValueError) -> str:
@@ -318,7 +350,7 @@ def read_run(path: Path) -> KeptRun:
         record.path = path  # the folder may have been renamed
         return KeptRun(
             config,
-            json.loads((path / "environment.json").read_text()),
+            _ENVIRONMENT.validate_json((path / "environment.json").read_text()),
             record.finished_epochs(verify=False),
             _LOCALITY.validate_json(kept.read_text()) if (kept := path / "locality.json").exists() else None,
             _CERTIFICATE.validate_json(kept.read_text()) if (kept := path / "certificate.json").exists() else None,
@@ -327,5 +359,7 @@ def read_run(path: Path) -> KeptRun:
         known = sorted(folder.parent.name for folder in path.parent.glob("*/config.json"))
         others = f"; in {path.parent} are {', '.join(known[:5])}{', …' if len(known) > 5 else ''}" if known else ""
         raise OutputError(f"no run in {path}: {Path(error.filename).name} is missing{others}") from error
+    except OSError as error:
+        raise OutputError(f"cannot read the run in {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise OutputError(f"the run in {path} is damaged, or of another format ({first_reason(error)})") from error

@@ -2,8 +2,8 @@
 
 May import: recording, lab.batched, lab.cli.engines, lab.cli.figures, lab.cli.options, lab.cli.progress,
 lab.cli.settings, lab.config, lab.data, lab.distributed, lab.engines.grid, lab.engines.work, lab.experiments.conditions,
-lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper, lab.experiments.records,
-lab.experiments.rules, lab.report.html, lab.report.logs, lab.results.
+lab.experiments.convergence, lab.experiments.gathered, lab.experiments.paper, lab.experiments.plan,
+lab.experiments.records, lab.experiments.rules, lab.records, lab.report.html, lab.report.logs, lab.results, lab.store.
 """
 
 from __future__ import annotations
@@ -50,10 +50,13 @@ from relaxprop.lab.experiments.conditions import Experiment, condition_runs, in_
 from relaxprop.lab.experiments.convergence import convergence_by_step_size, write_convergence
 from relaxprop.lab.experiments.gathered import gather
 from relaxprop.lab.experiments.paper import EXPERIMENTS, FigureName
+from relaxprop.lab.experiments.plan import same_results
 from relaxprop.lab.experiments.records import write_conditions
+from relaxprop.lab.records import RECORDS
 from relaxprop.lab.report.html import write_report
 from relaxprop.lab.report.logs import Tool, logs
 from relaxprop.lab.results import FinishedRun
+from relaxprop.lab.store import refuse_to_discard
 from relaxprop.recording import InitialState
 
 Compute = Callable[..., list[FinishedRun]]  # `run_all`, told by what
@@ -214,6 +217,8 @@ def _reproduce(
     )
     names = [name for name, _ in planned]
     configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
+    made = {same_results(config) for config in configs}
+    refuse_to_discard(folder / RECORDS, lambda _, run: epochs if same_results(run) in made else 0)
     labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
     results = _computed(configs, labels, loaded, runs, compute, tools)
     shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())

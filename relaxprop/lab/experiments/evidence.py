@@ -124,11 +124,15 @@ def sources(results: Path) -> list[Source]:
 
 def _sources(results: Path) -> Iterator[Source]:
     for path in sorted(results.rglob(RECORDS)):
-        command = _command(path, path.read_text(encoding="utf-8").partition("\n")[0])
+        try:
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{path} is no file of records: {error}") from error
+        command = _command(path, first)
         if command is None:
             continue
         figure = read_figure(path)
-        first = figure.runs[0].config
+        config = figure.runs[0].config
         seconds: dict[tuple[str, str], list[float]] = {}
         for name, run in zip(figure.names, figure.runs, strict=True):
             seconds.setdefault((run.config.model, name), []).extend(metrics.seconds for metrics in run.metrics)
@@ -138,11 +142,11 @@ def _sources(results: Path) -> Iterator[Source]:
             plan=_plan(path, command),
             runs=len(figure.runs),
             planned=figure.planned,
-            dataset=first.dataset,
-            data=first.data or "",
+            dataset=config.dataset,
+            data=config.data or "",
             title=figure.dataset,
             chance=figure.chance,
-            epochs=first.epochs,
+            epochs=config.epochs,
             found=tuple(
                 Found(row.name, row.difference, row.versus[-1].mean)
                 for row in figure.rows

@@ -37,7 +37,7 @@ from relaxprop.lab.report.tables import markdown_table
 from relaxprop.lab.results import REFERENCE, Compared, EpochMetrics, FinishedRun, Head, RunLine
 from relaxprop.lab.rules import called
 from relaxprop.lab.stats import Mean, mean_over_seeds
-from relaxprop.lab.store import read_lines, write_lines
+from relaxprop.lab.store import read_lines, refuse_to_discard, write_lines
 from relaxprop.lab.training import expected_transients, limited_threads, measured_by, wrapped_by
 
 TITLE = "the rivals on the same network"
@@ -466,7 +466,8 @@ def compare_rivals(
     Args:
         compute: gives the metrics of runs, whose conditions it is told.
     """
-    tried, further = dict[str, tuple[float, ...]](), first_rates(only)
+    tried, further = dict[str, tuple[float, ...]](), (first := first_rates(only))
+    refuse_to_discard(folder / RECORDS, lambda name, run: epochs if name in first and run.seed < seeds else 0)
     for name in further:
         check_stable(_run(name, model, dataset, epochs, threads, 0, FIRST[0]), dataset)
     while further != tried:
