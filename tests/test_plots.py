@@ -185,3 +185,47 @@ def test_what_is_shown_is_no_markup() -> None:
     shown = Relaxation(1, 1, 1, 1, None, None, unrelaxed=("<script>",))._repr_html_()
     assert "&lt;script&gt;" in shown
     assert "<script>" not in shown
+
+
+def test_curves_of_recurrent_layers_are_drawn(ax: Axes) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.f, self.read = nn.RNN(4, 3), nn.Tanh(), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            read: Tensor = self.read(self.f(self.layer(x)[0][-1]))
+            return read
+
+    relaxing = ActivationRelaxation(Recurrent())
+    inputs = torch.rand(3, 2, 4)
+    plots.convergence_curves(convergence(relaxing, squares, inputs, solver=Euler(0.3, 9)), ax=ax)
+    drawn = {str(line.get_label()).partition(" ")[0] for line in ax.lines}
+    assert {"layer.weight_ih_l0", "layer.weight_hh_l0", "read.weight"} <= drawn
+    assert not any("bias" in name for name in drawn)
+    ax.clear()
+    plots.alignment_over_training([alignment(relaxing, squares, inputs)], ax=ax)
+    assert not any("bias" in str(line.get_label()) for line in ax.lines)
+
+
+def test_a_layer_may_be_frozen_or_thawed_between_two_measurements(ax: Axes) -> None:
+    one = Alignment(0.5, 60.0, 1.0, 1.0)
+    plots.alignment_over_training([{"a": one, "b": one}, {"b": one}, {"b": one, "c": one}], ax=ax)
+    lines: Any = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_equal(lines["a"], [0.5, np.nan, np.nan])
+    np.testing.assert_equal(lines["b"], [0.5, 0.5, 0.5])
+    np.testing.assert_equal(lines["c"], [np.nan, np.nan, 0.5])
+
+
+def test_what_states_over_steps_cannot_draw_is_refused_by_name() -> None:
+    kept = record(Euler(0.3, 5), keep_states=True)
+    one_record: Any = kept
+    with pytest.raises(TypeError, match="records must be a list of records"):
+        plots.states_over_steps(one_record, "1")
+    no_integer: Any = 1.0
+    with pytest.raises(TypeError, match=r"sample must be an integer, got 1\.0"):
+        plots.states_over_steps([kept], "1", sample=no_integer)
+    assert kept.states is not None
+    turned = Relaxation(2, 2, 5, 5, 0.0, converged=True, states={"1": kept.states["1"] * 1j})
+    with pytest.raises(ValueError, match="vertex '1' are complex"):
+        plots.states_over_steps([turned], "1")

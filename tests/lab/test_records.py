@@ -14,7 +14,8 @@ from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.files import OutputError
 from relaxprop.lab.results import Head, RunLine
-from relaxprop.lab.store import read_run, take_over, write_lines
+from relaxprop.lab.store import read_lines, read_run, refuse_to_discard, take_over, write_lines
+from tests.lab.problem import invoke
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,71 @@ def test_an_unfinished_run_is_not_written_over(digits: Dataset, tmp_path: Path) 
     run_all([RunConfig(epochs=1, seed=0)], digits, root=tmp_path / "begun")
     with pytest.raises(OutputError, match="unfinished run with weights"):
         take_over(tmp_path / "runs.jsonl", tmp_path / "begun")
+
+
+def test_a_longer_run_does_not_write_over_one_without_weights(digits: Dataset, tmp_path: Path) -> None:
+    lines_of(digits, tmp_path / "computed", tmp_path / "runs.jsonl")
+    (taken, *_) = take_over(tmp_path / "runs.jsonl", tmp_path / "taken")
+    kept = (tmp_path / "taken" / taken / "metrics.jsonl").read_bytes()
+    config = RunConfig.model_validate_json((tmp_path / "taken" / taken / "config.json").read_text())
+    longer = config.model_copy(update={"epochs": config.epochs + 1})
+    with pytest.raises(OutputError, match=f"a run of {config.epochs} epochs without its weights.*by --runs"):
+        run_all([longer], digits, root=tmp_path / "taken")
+    assert (tmp_path / "taken" / taken / "metrics.jsonl").read_bytes() == kept
+    run_all([config], digits, root=tmp_path / "taken")  # it is finished
+
+
+def test_records_that_a_command_does_not_make_are_not_written_over(digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    lines_of(digits, tmp_path / "computed", path)
+    kept = {run.config.id: run.config.epochs for run in read_lines(path).runs}
+    refuse_to_discard(path, lambda _, run: kept[run.id])
+    refuse_to_discard(path, lambda _, run: kept[run.id] + 1)
+    refuse_to_discard(tmp_path / "none.jsonl", lambda _, run: 0)
+    for makes in (0, 1):  # none of them, or shorter ones
+        with pytest.raises(OutputError, match=f"not make {len(kept)} of them.*move that file away.*--out"):
+            refuse_to_discard(path, lambda _, run, makes=makes: makes)  # type: ignore[misc]
+    path.write_text("")
+    with pytest.raises(OutputError, match=r"it is empty.*would write over it: move that file away"):
+        refuse_to_discard(path, lambda _, run: 9)
+
+
+def test_a_smaller_command_does_not_write_over_a_figures_records(tmp_path: Path) -> None:
+    figure: list[str | Path] = ["reproduce", "figure1", "--dataset", "digits", "--condition", "b", "--epochs", "1"]
+    where: list[str | Path] = ["--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    status, said = invoke(*figure, "--seeds", "2", *where)
+    assert status == 0, said
+    kept = (tmp_path / "out" / "runs.jsonl").read_bytes()
+    for smaller in ([*figure, "--seeds", "1"], [*figure[:4], "--condition", "a", "--epochs", "1", "--seeds", "2"]):
+        status, said = invoke(*smaller, *where)
+        assert status == 1
+        assert "holds 6 runs of 'relaxprop" in said
+        assert "name another folder by --out" in said
+        assert (tmp_path / "out" / "runs.jsonl").read_bytes() == kept
+    status, said = invoke(*figure, "--seeds", "3", *where)  # more than there was
+    assert status == 0, said
+    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 1 + 9
+
+
+def test_what_cannot_be_read_or_written_is_named(digits: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    lines_of(digits, tmp_path / "runs", tmp_path / "kept" / "runs.jsonl")
+    (run, *_) = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    for out in (".", "/", ""):
+        status, said = invoke("export", tmp_path / "kept", "--out", out)
+        assert status == 1
+        assert "it is a folder, name a file" in said
+    (tmp_path / "results" / "x").mkdir(parents=True)
+    (tmp_path / "results" / "x" / "runs.jsonl").write_bytes(b"\xff\xfe\x00")
+    status, said = invoke("claims", tmp_path / "results")
+    assert status == 1
+    assert f"{tmp_path / 'results' / 'x' / 'runs.jsonl'} is no file of records" in said
+    (tmp_path / "runs" / run / "environment.json").write_text("[]")
+    status, said = invoke("show", run, "--runs", tmp_path / "runs")
+    assert status == 1
+    assert "is damaged, or of another format" in said
+    (tmp_path / "runs" / run / "config.json").unlink()
+    (tmp_path / "runs" / run / "config.json").mkdir()
+    status, said = invoke("show", run, "--runs", tmp_path / "runs")
+    assert status == 1
+    assert f"cannot read the run in {tmp_path / 'runs' / run}" in said
