@@ -151,9 +151,10 @@ def _from_directory(path: str) -> Run:
                 text = file.read().rstrip()
         except FileNotFoundError:  # of a run whose first epoch is not done
             text = b""
+        text = _by_checkpoint(path, text)
         last = from_json(text[text.rfind(b"\n") + 1 :]) if text else None
     except (OSError, ValueError) as error:
-        raise OutputError(f"the run in {path} is damaged: {error}") from error
+        raise OutputError(f"the run in {path} is damaged: {error}; `relaxprop train` mends it if it can") from error
 
     def metrics() -> list[dict[str, Any]]:
         try:
@@ -171,6 +172,23 @@ def _from_directory(path: str) -> Run:
             raise OutputError(f"the run in {path} is damaged: {error}") from error
 
     return _run(os.path.basename(path), path, None, config, text.count(b"\n") + bool(text), last, metrics, environment)
+
+
+def _by_checkpoint(path: str, lines: bytes) -> bytes:
+    """The lines of the epochs that are done, by the checkpoint where there is one: it holds them, and is written last.
+
+    As `store` has it, without the weights: a file of safetensors begins with the length of its description.
+    """
+    try:
+        with open(os.path.join(path, "checkpoint.safetensors"), "rb") as file:
+            told = from_json(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    except FileNotFoundError:
+        return lines
+    except (KeyError, TypeError) as error:
+        raise ValueError("its checkpoint does not say of which epoch it is") from error
+    if "metrics" in told:
+        return str(told["metrics"]).encode().rstrip()
+    return b"\n".join(lines.split(b"\n")[: int(told["epoch"])])
 
 
 def _from_file(path: str) -> list[Run]:

@@ -13,6 +13,7 @@ from relaxprop.lab.data import Dataset, Split
 from relaxprop.lab.engines.grid import run_all
 from relaxprop.lab.engines.work import EpochDone, Event
 from relaxprop.lab.files import OutputError
+from relaxprop.lab.records import find
 from relaxprop.lab.results import Head, RunLine
 from relaxprop.lab.store import read_lines, read_run, refuse_to_discard, take_over, write_lines
 from tests.lab.problem import invoke
@@ -144,3 +145,24 @@ def test_what_cannot_be_read_or_written_is_named(digits: Dataset, tmp_path: Path
     status, said = invoke("show", run, "--runs", tmp_path / "runs")
     assert status == 1
     assert f"cannot read the run in {tmp_path / 'runs' / run}" in said
+
+
+def test_a_run_in_a_list_is_what_its_checkpoint_says(digits: Dataset, tmp_path: Path) -> None:
+    """As `relaxprop show` has it, where the metrics were edited, are gone, or are of an epoch that was not finished."""
+    (run,) = run_all([RunConfig(epochs=2, seed=0)], digits, root=tmp_path)
+    folder = tmp_path / run.config.id
+    lines = (folder / "metrics.jsonl").read_text()
+    first, second = lines.splitlines()
+    third = json.dumps(json.loads(second) | {"epoch": 3})
+    edited = json.dumps(json.loads(second) | {"test_accuracy": 0.99})
+    for text in (lines, f"{first}\n{edited}\n", f"{lines}{third}\n", f"{first}\n", None):
+        if text is None:
+            (folder / "metrics.jsonl").unlink()
+        else:
+            (folder / "metrics.jsonl").write_text(text)
+        (found,) = find([tmp_path]).runs
+        assert (found.epochs, found.last) == (2, json.loads(second))
+        assert [epoch["test_accuracy"] for epoch in found.metrics()] == [m.test_accuracy for m in run.metrics]
+    (folder / "checkpoint.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
+    (said,) = find([tmp_path]).unreadable
+    assert "does not say of which epoch it is" in said
