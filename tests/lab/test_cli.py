@@ -108,7 +108,7 @@ def test_help_and_version() -> None:
         (("train", "--rule", "backprop", "--unfreeze", "input"), ("--unfreeze", "no effect", "backprop")),
         (
             ("train", "--solver", "closed-form", "--unfreeze", "relaxation-derivative"),
-            ("--solver", "with --unfreeze relaxation-derivative", "--solver euler"),
+            (": --solver closed-form sums powers", "with --unfreeze relaxation-derivative", "--solver euler"),
         ),
         (("convergence", "--step-size", "3"), ("--step-size must be in (0, 2)", "got 3.0")),
         (("gradients", "--architecture", "perceptron"), ("--architecture", "'perceptron'", "mlp, cnn, resnet-18")),

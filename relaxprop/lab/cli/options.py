@@ -64,7 +64,8 @@ def spoken(message: str) -> str:
 
     message = re.sub(r"frozen=Frozen\([^)]*\)", unfreeze, message)
     message = re.sub(unfrozen, r"--unfreeze \1", message)
-    message = re.sub(rf"\b(?:solver=)?({'|'.join(solvers)})\([^)]*\)", lambda found: f"--solver {solvers[found[1]]}", message)
+    classes = rf"\b(?:solver=)?({'|'.join(solvers)})\([^)]*\)"
+    message = re.sub(classes, lambda found: f"--solver {solvers[found[1]]}", message)
     message = re.sub(rf"\b({settings})=\(?'?([\w.-]+)'?\)?", r"--\1 \2", message)
     message = re.sub(rf"^({settings})(?= (must|has|may)|:)", r"--\1", message)
     return re.sub(rf"\b({quantities}|{settings})\b", lambda found: found[0].replace("_", "-"), message)
