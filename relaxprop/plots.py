@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,8 +110,11 @@ def alignment_over_training(
 
 
 def _is_bias(parameter: str) -> bool:
-    """Whether a parameter of this name is a bias, as of a recurrent layer (``bias_ih_l0``) too."""
-    return parameter.rpartition(".")[2].startswith("bias")
+    """Whether a parameter of this name is a bias, as of a recurrent layer (``bias_ih_l0``) or of attention
+    (``in_proj_bias``) too.
+    """
+    name = parameter.rpartition(".")[2]
+    return name.startswith("bias") or name.endswith("bias")
 
 
 def hop_distribution(solver: Solver, depth: int, *, ax: Axes | None = None) -> Axes:
@@ -204,7 +207,7 @@ def states_over_steps(
     check_count("units", units)
     if isinstance(records, Relaxation):
         raise TypeError("records must be a list of records, one for each number of steps, got one of them")
-    if isinstance(sample, bool) or not isinstance(sample, int):
+    if isinstance(sample, bool) or not isinstance(sample, SupportsIndex):
         raise TypeError(f"sample must be an integer, got {sample!r}")
     if None in records:
         raise TypeError("a record is None, as model.last_relaxation is before the first backward pass")

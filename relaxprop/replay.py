@@ -69,12 +69,14 @@ class Program(NamedTuple):
 
     @property
     def kind(self) -> object:
-        """What two programs have in common that differ in numbers alone."""
-        return tuple(
-            [
-                (function, *reads, *[x if type(x) in _NO_NUMBER else type(x) for x in _leaves((args, kwargs))])
-                for function, args, kwargs, _, _, _, reads, _ in self.operations
-            ]
+        """What two programs have in common that differ in numbers alone, as one number."""
+        return hash(
+            tuple(
+                [
+                    (function, *reads, *[x if type(x) in _NO_NUMBER else type(x) for x in _leaves((args, kwargs))])
+                    for function, args, kwargs, _, _, _, reads, _ in self.operations
+                ]
+            )
         )
 
     @property
@@ -361,6 +363,11 @@ class Operations(OperationMode):
 def times_written(x: Tensor) -> int:
     """How often the tensor was written to; those made for inference do not count that."""
     return 0 if x.is_inference() else version(x)
+
+
+def place(x: Tensor) -> int:
+    """Where a tensor's numbers are; 0 where they have no one place (sparse, sharded)."""
+    return x.data_ptr() if _is_dense(x) else 0
 
 
 def _memory(x: Tensor) -> tuple[Any, ...]:

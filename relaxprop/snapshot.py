@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
-from types import MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +32,7 @@ from relaxprop._pytorch import deepcopy, is_capturing, nothing_cached
 
 # Parameters are the optimiser's, and what a module is made of is no state. The mode is set by the module's own way.
 _STRUCTURE = frozenset(vars(nn.Module()))
-# Most attributes are such. What a method is bound to is no part of the model (a trainer, with all that it holds).
-_NO_STATE = {bool, int, float, complex, str, type(None), MethodType}
+_NO_STATE = {bool, int, float, complex, str, type(None)}  # most attributes are such
 
 
 class Snapshot:
@@ -47,6 +45,7 @@ class Snapshot:
     Attributes:
         devices: the numbers of the CUDA devices that the model uses.
         shared: the names of the attributes that could not be copied.
+        beside: parameters that are kept beside the module tree, in a list or an object, and want their gradients too.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
@@ -54,6 +53,7 @@ class Snapshot:
         parameters = [p for m in self._modules for p in m._parameters.values() if p is not None]
         self.devices = sorted({x.get_device() for x in (*parameters, *inputs) if x.is_cuda})
         self.shared: list[str] = []
+        self.beside: Sequence[Tensor] = ()
         self._same: dict[int, Any] = {id(x): x for x in (*self._modules, *parameters)}  # in every copy
         self._parameters: list[_Held] = []
         self._modes = self._present_modes()
@@ -114,19 +114,19 @@ class Snapshot:
 
     def _copied(self, present: Sequence[_Held]) -> list[_Held]:
         """One copy of all: what two modules share, their copies share as well."""
-        while True:
-            memo: dict[int, Any] = dict(self._same)
-            with _TensorsInGraphsShared():
-                copied = [
-                    _Held(owner, place, {name: self._copy(value, memo, owner + name) for name, value in held.items()})
-                    for owner, place, held in present
-                ]
-            # Parameters that are kept beside the module tree, in a list or an object, want their gradients too. A
-            # parameter copies itself without asking anybody; the memo keeps what was copied.
-            beside = [x for x in memo.get(id(memo), ()) if isinstance(x, nn.Parameter)]
-            if not beside:
-                return copied
-            self._same |= {id(x): x for x in beside}
+        memo: dict[int, Any] = dict(self._same)
+        with _TensorsInGraphsShared():
+            copied = [
+                _Held(owner, place, {name: self._copy(value, memo, owner + name) for name, value in held.items()})
+                for owner, place, held in present
+            ]
+        # A parameter copies itself without asking anybody; the memo keeps what was copied.
+        beside = [x for x in memo.get(id(memo), ()) if isinstance(x, nn.Parameter) and x.requires_grad]
+        if not beside or self.beside:
+            return copied
+        self.beside = beside
+        self._same |= {id(x): x for x in beside}
+        return self._copied(present)
 
     def _copy(self, value: Any, memo: dict[int, Any], name: str) -> Any:
         if type(value) in _NO_STATE:

@@ -89,15 +89,18 @@ def _is_linear(node: Node) -> bool:
         return False
     if kind not in _PRODUCTS:
         return True
-    read = [_seen_through(source) for source, _ in node.next_functions if source is not None]
+    read = [_seen_through(source, number) for source, number in node.next_functions if source is not None]
     return len(set(read)) == len(read)  # a tensor times itself is a square
 
 
-def _seen_through(node: Node) -> Node:
-    """What computed the numbers of a view."""
-    while _kind(node) in _VIEWS and (source := node.next_functions[0][0]) is not None:
-        node = source
-    return node
+def _seen_through(node: Node, number: int) -> tuple[Node, int]:
+    """What computed the numbers of a view: a node, and which of its results they are."""
+    while _kind(node) in _VIEWS:
+        source, place = node.next_functions[0]
+        if source is None:
+            break
+        node, number = source, place
+    return node, number
 
 
 def _name(node: Node) -> str:

@@ -1,6 +1,6 @@
 """What every inspection shares: a wrapped model that it leaves as it was.
 
-May import: _pytorch, nested, rule, snapshot, vertices, wrapper.
+May import: _pytorch, nested, replay, rule, snapshot, vertices, wrapper.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from relaxprop._pytorch import is_compiled, version
+from relaxprop._pytorch import is_compiled
 from relaxprop.nested import tensors_in
+from relaxprop.replay import place, times_written
 from relaxprop.rule import LearningRule, rule_of
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import named_parts
@@ -29,16 +30,16 @@ def undisturbed(model: LearningRule) -> Iterator[None]:
     that they write into (as ``nn.Embedding(max_norm=…)`` does) get their numbers back.
     """
     kept = vars(model)[model._record_name]
-    parameters = [(p, p.detach(), p.detach().clone(), version(p)) for p in model.module.parameters()]
+    parameters = [(p, p.detach(), p.detach().clone(), times_written(p)) for p in model.module.parameters()]
     try:
         with Snapshot(model.module).restored():
             yield
     finally:
         model._keep_record(kept)
         for p, memory, numbers, then in parameters:
-            if p.data_ptr() != memory.data_ptr():
+            if place(p) != place(memory):
                 p.data = memory
-            if version(p) != then:
+            if times_written(p) != then:
                 with torch.no_grad():
                     p.copy_(numbers)
 

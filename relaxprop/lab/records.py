@@ -181,7 +181,10 @@ def _by_checkpoint(path: str, lines: bytes) -> bytes:
     """
     try:
         with open(os.path.join(path, "checkpoint.safetensors"), "rb") as file:
-            told = from_json(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+            size = int.from_bytes(file.read(8), "little")
+            if size > os.fstat(file.fileno()).st_size:
+                raise ValueError("its checkpoint is shorter than it says")
+            told = from_json(file.read(size))["__metadata__"]
     except FileNotFoundError:
         return lines
     except (KeyError, TypeError) as error:

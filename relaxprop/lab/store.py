@@ -154,7 +154,7 @@ class Record:
                 ) from error
             lines = []
         if epoch is None:
-            if mend and 0 < len(lines) < self.config.epochs:
+            if mend and 0 < self._epochs_kept() <= len(lines) < self.config.epochs:
                 raise OutputError(
                     f"{self.path} holds a run of {len(lines)} epochs without its weights, from which it cannot go on, "
                     f"and computing {self.config.epochs} would write over it: name another folder by --runs"
@@ -167,6 +167,13 @@ class Record:
             if mend:
                 write_atomically(path, metrics_lines(checked))
         return checked
+
+    def _epochs_kept(self) -> int:
+        """How many epochs the run was to have when it was last computed or taken over; 0 where nothing says so."""
+        try:
+            return RunConfig.model_validate_json((self.path / "config.json").read_text(encoding="utf-8")).epochs
+        except (FileNotFoundError, ValueError):
+            return 0
 
     def environment(self) -> dict[str, Any]:
         """Where the run was computed.

@@ -109,7 +109,7 @@ class DirectFeedback(Rule):
 
     settings: DirectFeedbackSettings
     feedback: dict[str, Tensor]
-    _read_by_loss: tuple[int, ...] | None  # the places of the outputs whose errors B_i reads
+    _read_by_loss: dict[int, tuple[int, ...]]  # by the number of outputs, the places of those whose errors B_i reads
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class DirectFeedback(Rule):
         keep_states: bool = False,
     ) -> None:
         super().__init__(module, DirectFeedbackSettings(vertices, check_finite, keep_states, error, seed, std))
-        vars(self).update(feedback={}, _read_by_loss=None)
+        vars(self).update(feedback={}, _read_by_loss={})
 
     def _configure(self, settings: Any) -> None:
         super()._configure(settings)
@@ -140,13 +140,14 @@ class DirectFeedback(Rule):
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
         read = tuple([place for place, g in enumerate(graph.output_cotangents) if g is not None])
-        if self.feedback and self._read_by_loss not in (None, read):
+        known = self._read_by_loss.setdefault(len(graph.outputs), read)
+        if self.feedback and known != read:
             raise ValueError(
                 f"the loss reads the outputs {read} of the module, counted from 0, and direct feedback has matrices "
-                f"for the errors of {self._read_by_loss}: let the loss read all of them in every pass, as by adding "
+                f"for the errors of {known}: let the loss read all of them in every pass, as by adding "
                 "0 * other_output.sum()"
             )
-        vars(self)["_read_by_loss"] = read
+        self._read_by_loss[len(graph.outputs)] = read
         return self._fed_back(graph, _errors(graph))
 
     def _forward(self, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -97,7 +98,8 @@ class WithLoss(nn.Module):
     def __init__(self, network: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
         self.network = network
-        self.loss_fn = loss_fn
+        # A function is not copied, and with it what a method is bound to: a trainer, with all that it holds.
+        self.loss_fn = (lambda *args: loss_fn(*args)) if isinstance(loss_fn, MethodType) else loss_fn
 
     def forward(self, *args: Any, target: Any, **kwargs: Any) -> Tensor:
         return self.loss_fn(self.network(*args, **kwargs), target)

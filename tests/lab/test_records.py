@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,38 @@ def test_a_run_in_a_list_is_what_its_checkpoint_says(digits: Dataset, tmp_path: 
         (found,) = find([tmp_path]).runs
         assert (found.epochs, found.last) == (2, json.loads(second))
         assert [epoch["test_accuracy"] for epoch in found.metrics()] == [m.test_accuracy for m in run.metrics]
-    (folder / "checkpoint.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
-    (said,) = find([tmp_path]).unreadable
-    assert "does not say of which epoch it is" in said
+    for damaged, message in (
+        (b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "does not say of which epoch it is"),
+        (b"\x00\x00\x00\x00\x00\x00\x00\x40", "shorter than it says"),
+        (b"\xff" * 8, "shorter than it says"),
+        (b"", "does not|EOF|expected"),
+    ):
+        (folder / "checkpoint.safetensors").write_bytes(damaged)
+        (said,) = find([tmp_path]).unreadable
+        assert re.search(message, said)
+
+
+def test_a_run_that_was_stopped_in_its_first_checkpoint_begins_anew(digits: Dataset, tmp_path: Path) -> None:
+    """The metrics are written before the checkpoint: an epoch counts once its weights are there."""
+    config = RunConfig(epochs=2, seed=0)
+    (whole,) = run_all([config], digits, root=tmp_path)
+    folder = tmp_path / config.id
+    (folder / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text().splitlines()[0] + "\n")
+    for checkpoint in folder.glob("checkpoint*"):
+        checkpoint.unlink()
+    (again,) = run_all([config], digits, root=tmp_path)
+    assert [m.test_accuracy for m in again.metrics] == [m.test_accuracy for m in whole.metrics]
+
+
+def test_every_folder_is_looked_at_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "out" / "cnn").mkdir(parents=True)
+    (tmp_path / "out" / "cnn" / "runs.jsonl").write_text("something else\n")
+    status, said = invoke(
+        "reproduce", "rules", "--dataset", "digits", "--seeds", "1", "--search-seeds", "1", "--epochs", "1",
+        "--condition", "dfa", "--runs", tmp_path / "runs", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 1
+    assert "is no file of records" in said
+    assert "name another folder by --out" in said
+    assert not (tmp_path / "out" / "mlp" / "runs.jsonl").exists()
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

@@ -119,6 +119,14 @@ def test_where_no_parameter_is_trained_there_is_nothing_to_compare() -> None:
         convergence(model, squares, x, solver=Euler(0.3, 5))
 
 
+@every_look
+def test_parameters_that_were_made_in_inference_mode_are_looked_at(look: Look) -> None:
+    with torch.inference_mode():
+        embed = nn.Embedding(6, 4).requires_grad_(False)
+    network = nn.Sequential(embed, mlp(4, 5, 3))
+    assert look(ActivationRelaxation(network), torch.arange(6))
+
+
 def test_sparse_gradients_are_compared_as_dense_ones() -> None:
     tokens, found = torch.tensor([[0, 2, 2], [1, 0, 3]]), []
     embedding = nn.Embedding(5, 4)
@@ -211,6 +219,8 @@ LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "diag_embed": lambda h, gain: torch.diag_embed(h).sum(-1),
     "addcmul": lambda h, gain: torch.addcmul(h, torch.ones_like(h), gain),
     "product of two": lambda h, gain: h * gain,
+    "gate": lambda h, gain: torch.cat([h[:, :2] * gain[:2], h[:, 2:]], 1),
+    "packed": lambda h, gain: torch.mul(*h.chunk(2, 1)).repeat(1, 2),
 }
 NONLINEAR: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[str, ...]]] = {
     "square": (lambda h, gain: h * h, ("mul",)),

@@ -183,42 +183,37 @@ def reproduce(
         )
         for name, folder in folders.items()
     }
+    plans: dict[str, list[tuple[str, RunConfig]]] = {}
+    for name, data in loaded.items():
+        planned = condition_runs(
+            experiment,
+            data.name,
+            seeds=seeds or experiment.seeds,
+            epochs=epochs or experiment.epochs,
+            data=data.digest,
+            only=condition or (),
+            alignment_every=alignment_every,
+        )
+        plans[name] = [(its, config.model_copy(update={"threads": threads})) for its, config in planned]
+    made = {same_results(config): config.epochs for planned in plans.values() for _, config in planned}
+    for folder in folders.values():
+        refuse_to_discard(folder / RECORDS, lambda _, run: made.get(same_results(run), 0))
     for name, folder in folders.items():
-        _reproduce(
-            figure, experiment, loaded[name], seeds, epochs, condition or (), alignment_every, runs, folder,
-            threads, compute, tools,
-        )  # fmt: skip
+        _reproduce(figure, experiment, loaded[name], plans[name], runs, folder, compute, tools)
 
 
 def _reproduce(
     figure: FigureName,
     experiment: Experiment,
     loaded: Dataset,
-    seeds: int | None,
-    epochs: int | None,
-    only: Sequence[str],
-    alignment_every: int,
+    planned: Sequence[tuple[str, RunConfig]],
     runs: Path,
     folder: Path,
-    threads: int,
     compute: Compute,
     tools: list[Tool],
 ) -> None:
-    """A figure on one data set."""
-    epochs = epochs or experiment.epochs
-    planned = condition_runs(
-        experiment,
-        loaded.name,
-        seeds=seeds or experiment.seeds,
-        epochs=epochs,
-        data=loaded.digest,
-        only=only,
-        alignment_every=alignment_every,
-    )
-    names = [name for name, _ in planned]
-    configs = [config.model_copy(update={"threads": threads}) for _, config in planned]
-    made = {same_results(config) for config in configs}
-    refuse_to_discard(folder / RECORDS, lambda _, run: epochs if same_results(run) in made else 0)
+    """A figure on one data set, of runs with their conditions."""
+    names, configs = [name for name, _ in planned], [config for _, config in planned]
     labels = {config.id: f"{name}, seed {config.seed}" for name, config in zip(names, configs, strict=True)}
     results = _computed(configs, labels, loaded, runs, compute, tools)
     shown, paths = write_conditions(experiment, names, results, loaded, folder, this_command())
@@ -253,6 +248,8 @@ def _reproduce_rules(
         }
         return _computed(configs, labels, loaded, runs, compute, tools)
 
+    for model in rules.MODELS:  # all, before anything is computed
+        rules.refuse_to_discard_any(folder / model, only, seeds or rules.SEEDS, epochs or rules.EPOCHS)
     for model in rules.MODELS:
         found, paths = rules.compare_rivals(
             model,

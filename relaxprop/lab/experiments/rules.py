@@ -448,6 +448,12 @@ def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:
 Compute = Callable[[Sequence[str], Sequence[RunConfig]], list[FinishedRun]]
 
 
+def refuse_to_discard_any(folder: Path, only: Sequence[str], seeds: int, epochs: int) -> None:
+    """As `store.refuse_to_discard`, of records in a network's folder, whose learning rates are not known yet."""
+    names = first_rates(only)
+    refuse_to_discard(folder / RECORDS, lambda name, run: epochs if name in names and run.seed < seeds else 0)
+
+
 def compare_rivals(
     model: ModelName,
     dataset: Dataset,
@@ -466,8 +472,7 @@ def compare_rivals(
     Args:
         compute: gives the metrics of runs, whose conditions it is told.
     """
-    tried, further = dict[str, tuple[float, ...]](), (first := first_rates(only))
-    refuse_to_discard(folder / RECORDS, lambda name, run: epochs if name in first and run.seed < seeds else 0)
+    tried, further = dict[str, tuple[float, ...]](), first_rates(only)
     for name in further:
         check_stable(_run(name, model, dataset, epochs, threads, 0, FIRST[0]), dataset)
     while further != tried:
