@@ -108,7 +108,7 @@ class Writes:
     into_views: bool = True
     repeated: bool = False
     replays: bool = True
-    compared: set[object] = field(default_factory=set)
+    compared: set[int] = field(default_factory=set)
     compiler: Any = None
     draws: bool = False
     watched: object = None

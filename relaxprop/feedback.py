@@ -19,8 +19,8 @@ mean over the noise is W (`mirror_weights`). It reads what is presynaptic and po
 A frozen W (``requires_grad=False``) has no gradient to share, so its ψ stays fixed as well.
 
 Under ``learned``, ψ and W get the same gradient, so with plain gradient descent ``W − ψ`` stays as it is; with weight
-decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994). A W that others share
-has the sum of all their gradients, of which each ψ has its own layer's: there ``W − ψ`` moves.
+decay λ on both it shrinks by ``1 − η λ`` a step, and ψ aligns with W (Kolen and Pollack, 1994). Where several layers
+share W, it gets the sum of their gradients and each ψ that of its own layer, so that ``W − ψ`` changes.
 What a layer computes and how its error goes back stands in `LAYERS`, by its class: a new kind is one entry there. What
 has parameters but is neither there nor among `NEED_NONE` is refused by name, since its error would go back through its
 weights unnoticed.
@@ -464,7 +464,7 @@ def backwards_weights(module: nn.Module) -> Iterator[tuple[str, _Feedback, Tenso
             yield name, layer, layer.backwards_weight()
 
 
-@torch.inference_mode(False)  # for which no gradient exists, and a weight gradient is what the noise gives
+@torch.inference_mode(False)  # within which no weight gradient can be taken, and ``y ξ^T`` is one
 @torch.no_grad()
 def mirror_weights(module: nn.Module, *, samples: int = 64, rate: float = 0.1) -> None:
     """One phase of noise of all layers in ``module`` whose backwards weights are "mirror": ``B ← (1 − r) B + r M``.

@@ -227,7 +227,10 @@ def states_over_steps(
         if not 0 <= sample < len(state):
             raise ValueError(f"sample must be at least 0 and below {len(state)}, got {sample!r}")
         if state.is_complex():
-            raise ValueError(f"the states of vertex {vertex!r} are complex, of which one line for each unit says half")
+            raise ValueError(
+                f"the states of vertex {vertex!r} are complex, and a line shows real numbers: draw the vertices before "
+                "the complex part of the model"
+            )
         lines.append(state[sample].detach().double().flatten()[:units].cpu().numpy())
     ax = _axes(ax)
     ax.plot(np.array(places, dtype=np.float64), np.stack(lines))

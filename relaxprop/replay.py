@@ -60,24 +60,14 @@ class Program(NamedTuple):
         results: places, tensors that depend on no state, or None.
         read: the other tensors that were read.
         versions: theirs, then.
+        kind: the same for programs that differ in tensors and floating-point numbers alone.
     """
 
     operations: Sequence[_Operation]
     results: Sequence[Any]
     read: Sequence[Tensor]
     versions: Sequence[int]
-
-    @property
-    def kind(self) -> object:
-        """What two programs have in common that differ in numbers alone, as one number."""
-        return hash(
-            tuple(
-                [
-                    (function, *reads, *[x if type(x) in _NO_NUMBER else type(x) for x in _leaves((args, kwargs))])
-                    for function, args, kwargs, _, _, _, reads, _ in self.operations
-                ]
-            )
-        )
+    kind: int
 
     @property
     def holds(self) -> bool:
@@ -261,7 +251,8 @@ class Operations(OperationMode):
         if not self._plain:
             return None
         read, then = [x for x, _ in self._read.values()], [count for _, count in self._read.values()]
-        return Program(self._needed(places), ends, read, then)
+        operations = self._needed(places)
+        return Program(operations, ends, read, then, hash(tuple(map(_described, operations))))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -360,12 +351,18 @@ class Operations(OperationMode):
         return found[::-1]
 
 
+def _described(operation: _Operation) -> tuple[Any, ...]:
+    """An operation, what it reads, and the values of its arguments that a step seldom changes."""
+    values = [x if type(x) in _TOLD_APART else type(x) for x in _leaves((operation.args, operation.kwargs))]
+    return (operation.function, *operation.reads, *values)
+
+
 def times_written(x: Tensor) -> int:
     """How often the tensor was written to; those made for inference do not count that."""
     return 0 if x.is_inference() else version(x)
 
 
-def place(x: Tensor) -> int:
+def address(x: Tensor) -> int:
     """Where a tensor's numbers are; 0 where they have no one place (sparse, sharded)."""
     return x.data_ptr() if _is_dense(x) else 0
 
@@ -414,7 +411,7 @@ def _is_plain(x: Any) -> bool:
     return type(x) in _PLAIN
 
 
-_NO_NUMBER = {bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+_TOLD_APART = {bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
 _BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _PLAIN = {
     *(bool, int, float, complex, str, type(None), type(...)),

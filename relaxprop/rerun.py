@@ -36,7 +36,7 @@ from relaxprop._pytorch import (
 from relaxprop.cutting import Arguments, Cut, HandedOn, Run, Writes, other_path
 from relaxprop.graph import Function, Linearisation, States, Vertex
 from relaxprop.nested import tensors_in
-from relaxprop.replay import Calls, Program, Results, place, times_written
+from relaxprop.replay import Calls, Program, Results, address, times_written
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import Hooked, does_as_its_class_says, find_layers
 
@@ -51,7 +51,6 @@ class _Step(NamedTuple):
     beside: Sequence[Tensor | None]
     layouts: Sequence[tuple[torch.dtype, tuple[int, ...]]]  # of the vertices' activities
     program: Program | None
-    kind: object = None  # of the program
 
     def is_of(self, states: States, key: object, beside: Sequence[Tensor | None]) -> bool:
         return (
@@ -172,12 +171,12 @@ class Rerun:
                 results = self._first(states, function, key, beside)
             elif step.program is None or not step.program.holds:
                 results = function(self(states), states)
-            elif step.kind in self.writes.compared:
+            elif step.program.kind in self.writes.compared:
                 return self._replayed(step, step.program, states, left)
             else:
                 results = function(self(states), states)
                 if self._is_replayed_as(results, step, step.program, states):
-                    self.writes.compared.add(step.kind)
+                    self.writes.compared.add(step.program.kind)
                 else:
                     self.writes.replays = False
                     self._step = step._replace(program=None)
@@ -201,7 +200,7 @@ class Rerun:
             for _ in range(times):
                 if [(x.dtype, x.stride()) for x in given] != step.layouts:
                     given = [_laid_out_as(v.stand_in, x) for v, x in zip(states, given, strict=True)]
-                if self.writes.compiler is not None and step.kind in self.writes.compared:
+                if self.writes.compiler is not None and program.kind in self.writes.compared:
                     run = self._compiled_of(program, given)
                 given = run(given)
         self.surroundings.check()
@@ -233,8 +232,7 @@ class Rerun:
             program, results = None, function(self(states), states)
         if program is None:
             self.writes.replays = False
-        else:
-            self._step = self._step._replace(program=program, kind=program.kind)
+        self._step = self._step._replace(program=program)
         return results
 
     def _calls_nothing_else(self) -> bool:
@@ -380,7 +378,7 @@ class Surroundings:
 
     def _signs(self) -> list[tuple[int, int]]:
         """What changes where a tensor is written to, or other numbers take the place of its own (``x.data``)."""
-        return [(times_written(x), place(x)) for x in self.fixed]
+        return [(times_written(x), address(x)) for x in self.fixed]
 
     def check(self) -> None:
         """Refuse another run where it would not find what the forward pass found.
@@ -418,7 +416,7 @@ class Surroundings:
             stack.enter_context(self.before.restored())
             yield
         # A model may lay its weights out anew in each of its runs, as ``flatten_parameters`` does.
-        self.signs = [(then, place(x)) for x, (then, _) in zip(self.fixed, self.signs, strict=True)]
+        self.signs = [(then, address(x)) for x, (then, _) in zip(self.fixed, self.signs, strict=True)]
 
     def _name(self, tensor: Tensor) -> str:
         names = {id(p): f"a parameter of shape {tuple(p.shape)} beside the modules" for p in self.before.beside}

@@ -65,7 +65,8 @@ class Snapshot:
     def passed(self) -> bool:
         """After a pass: whether any generator has drawn. Those that have not, need not be put back.
 
-        The parameters are those of the pass, which other tensors may have stood in for (`torch.func.functional_call`).
+        The parameters that are put back are those that are there now: `torch.func.functional_call` gives a module
+        others for one pass.
         """
         self._parameters = self._present_parameters()
         self._generators = [generator for generator in self._generators if generator.has_drawn()]
@@ -76,6 +77,7 @@ class Snapshot:
         """Within it, a run of the model finds what was there at the moment; afterwards all is as it was before."""
         present, modes = self._present(), self._present_modes()
         parameters = self._present_parameters()
+        # Before the first pass has ended there are none to compare with.
         others = [then for then, now in zip(self._parameters, parameters, strict=False) if not _is_same(then, now)]
         generators = [generator.now() for generator in self._generators]
         try:

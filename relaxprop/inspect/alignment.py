@@ -56,8 +56,9 @@ def alignment(model: LearningRule, loss_fn: LossFunction, *inputs: Any, **kwargs
 
     Raises:
         TypeError: if ``model`` is not wrapped, ``loss_fn`` is no function, or the loss is not a scalar.
-        RuntimeError: if the passes differ, since the model keeps a state where it is not put back, or the loss reads an
-            activity that the model did not return.
+        ValueError: if the model has lazy modules that have not seen an input yet.
+        RuntimeError: if the passes differ, since the model keeps a state where it is not put back, the loss reads an
+            activity that the model did not return, or within ``torch.inference_mode()``.
     """
     check_model(model, LearningRule)
     check_loss_function(loss_fn)

@@ -51,7 +51,9 @@ def certificate(model: ActivationRelaxation, *inputs: Any, **kwargs: Any) -> dic
 
     Raises:
         TypeError: if ``model`` is not wrapped.
-        ValueError: if the relaxation's derivative is not frozen, so that the states are no weighted sum.
+        ValueError: if the relaxation's derivative is not frozen, so that the states are no weighted sum, or the model
+            has lazy modules that have not seen an input yet.
+        RuntimeError: within ``torch.inference_mode()``.
     """
     check_model(model)
     if not model.settings.frozen.relaxation_derivative:
@@ -106,8 +108,10 @@ def convergence(
     Raises:
         TypeError: if ``model`` is not wrapped, ``loss_fn`` is no function, or the loss is not a scalar.
         ValueError: if no solver is given and the model's own has no steps to follow, if not everything is frozen,
-            where the gradient is not a sum over hops, or if no parameter requires a gradient.
-        RuntimeError: if the passes differ, since the model keeps a state where it is not put back.
+            where the gradient is not a sum over hops, if no parameter requires a gradient, or if the model has lazy
+            modules that have not seen an input yet.
+        RuntimeError: if the passes differ, since the model keeps a state where it is not put back, or within
+            ``torch.inference_mode()``.
     """
     check_model(model)
     check_loss_function(loss_fn)

@@ -95,8 +95,9 @@ def describe_locality(model: LearningRule, *inputs: Any, **kwargs: Any) -> Local
 
     Raises:
         TypeError: if ``model`` is not wrapped.
-        ValueError: if its vertices are operations, of which a layer has several, a part of it is scripted, or it is a
-            rule of your own that does not say what it reads.
+        ValueError: if its vertices are operations, of which a layer has several, a part of it is scripted, it has lazy
+            modules that have not seen an input yet, or it is a rule of your own that does not say what it reads.
+        RuntimeError: within ``torch.inference_mode()``.
     """
     check_model(model, LearningRule)
     described = model.locality if isinstance(model, Rule) else None

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from relaxprop._pytorch import is_compiled
 from relaxprop.nested import tensors_in
-from relaxprop.replay import place, times_written
+from relaxprop.replay import address, times_written
 from relaxprop.rule import LearningRule, rule_of
 from relaxprop.snapshot import Snapshot, alike, but_for
 from relaxprop.vertices import named_parts
@@ -37,7 +37,7 @@ def undisturbed(model: LearningRule) -> Iterator[None]:
     finally:
         model._keep_record(kept)
         for p, memory, numbers, then in parameters:
-            if place(p) != place(memory):
+            if address(p) != address(memory):
                 p.data = memory
             if times_written(p) != then:
                 with torch.no_grad():
@@ -95,7 +95,7 @@ class SamePass:
 
 
 def check_model(model: object, kind: type[LearningRule] = ActivationRelaxation) -> None:
-    """Refuse what is not wrapped, in this kind of rule, and what no pass can be looked at of.
+    """Refuse what is not wrapped in this kind of rule, and a model or a moment of which no pass can be looked at.
 
     Raises:
         TypeError: if it is not one.

@@ -253,7 +253,7 @@ class Walk:
                 self.order.append(node)
                 for x, computed in self.saved[node]:
                     if computed is not None and computed not in self.sources:
-                        self._visit(x)  # what no way to the input passes
+                        self._visit(x)  # it lies on no way from the node to the input
         return first
 
     def _computed_from(self, node: Node) -> list[tuple[int, Node]]:
@@ -314,11 +314,12 @@ class Walk:
         if operation in _LINEAR or ("BatchNorm" in operation and not measures):
             is_square = [n for n, _ in node.next_functions].count(earlier) > 1
             saved = [(x, computed) for x, computed in saved if computed is not earlier or is_square]
+        to_parameters = _are_parameters(self.sources[earlier])  # not the error's way on, but the parameter's branch
         if operation in _RECURRENT:
-            uses |= self._through_time(node, within, to_parameters=_are_parameters(self.sources[earlier]))
-            if not _are_parameters(self.sources[earlier]):
+            uses |= self._through_time(node, within, to_parameters=to_parameters)
+            if not to_parameters:
                 return uses
-        if _are_parameters(self.sources[earlier]):  # not the error's way on, but the parameter's branch
+        if to_parameters:
             for _, computed in saved:
                 if computed not in (None, node) and not _are_parameters(self.sources[computed]):
                     uses |= self._presynaptic(computed, within)

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from relaxprop.lab.files import OutputError, write_atomically
+from relaxprop.lab.files import LATEST, OutputError, write_atomically
 from relaxprop.lab.results import EpochMetrics
 
-LATEST, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 _OPTIMIZER = "optimizer state: "  # before the names of the optimiser's tensors
 _log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+LATEST = "checkpoint.safetensors"  # in a run's folder, the state after its last epoch
 _PARTIAL = ".partial"
 
 

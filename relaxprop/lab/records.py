@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from relaxprop.lab.files import OutputError
+from relaxprop.lab.files import LATEST, OutputError
 
 RECORDS = "runs.jsonl"
 _LINE = {"id", "condition", "config", "environment", "metrics"}
@@ -175,12 +175,13 @@ def _from_directory(path: str) -> Run:
 
 
 def _by_checkpoint(path: str, lines: bytes) -> bytes:
-    """The lines of the epochs that are done, by the checkpoint where there is one: it holds them, and is written last.
+    """The lines of the epochs that are done: those in the checkpoint, which is written last, where there is one.
 
-    As `store` has it, without the weights: a file of safetensors begins with the length of its description.
+    This is what `store` says of a run. A file of safetensors begins with the length of its description, so that no
+    weights have to be read.
     """
     try:
-        with open(os.path.join(path, "checkpoint.safetensors"), "rb") as file:
+        with open(os.path.join(path, LATEST), "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             if size > os.fstat(file.fileno()).st_size:
                 raise ValueError("its checkpoint is shorter than it says")

@@ -37,7 +37,6 @@ from relaxprop import (
     __version__,
 )
 from relaxprop.lab.checkpoint import (
-    LATEST,
     Checkpoint,
     finished_by,
     kept_checkpoint,
@@ -47,7 +46,7 @@ from relaxprop.lab.checkpoint import (
 )
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.environment import environment
-from relaxprop.lab.files import OutputError, check_writable, remove_partial, write_atomically
+from relaxprop.lab.files import LATEST, OutputError, check_writable, remove_partial, write_atomically
 from relaxprop.lab.results import BATCHED, EpochMetrics, FinishedRun, Head, RunLine
 
 _LOCALITY = TypeAdapter(Locality)
@@ -154,6 +153,8 @@ class Record:
                 ) from error
             lines = []
         if epoch is None:
+            # A run that is finished, as it is taken over, has no weights; one that was stopped in its first checkpoint
+            # is not finished, and begins anew.
             if mend and 0 < self._epochs_kept() <= len(lines) < self.config.epochs:
                 raise OutputError(
                     f"{self.path} holds a run of {len(lines)} epochs without its weights, from which it cannot go on, "

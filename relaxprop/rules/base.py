@@ -199,8 +199,7 @@ def refuse_target_of_its_own(rule: LearningRule) -> None:
     Raises:
         ValueError: if it has.
     """
-    forward = getattr(type(rule.module), "forward", nn.Module.__call__)  # of a scripted module, only instances have one
-    if "target" in inspect.signature(forward).parameters:
+    if "target" in inspect.signature(type(rule).forward).parameters:  # which is the module's own
         kind = type(rule.module).__name__
         raise ValueError(
             f"{rule_of(type(rule)).__name__} reads target=…, and {kind}.forward has an argument of that name: rename "

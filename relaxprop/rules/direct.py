@@ -81,7 +81,7 @@ class DirectFeedback(Rule):
 
     B_i is drawn at the first pass that reaches vertex i, in float32 and from the seed and the vertex's name alone. So
     it is the same in every process and after every restart, is no part of ``state_dict()``, and needs no checkpoint.
-    Of a module with several outputs, a loss reads the same ones in every pass.
+    If a module has several outputs, the loss has to read the same ones in every pass.
 
     Args:
         module: any module; not one that returns its loss, which is one number for all samples.
@@ -140,14 +140,14 @@ class DirectFeedback(Rule):
 
     def solve(self, graph: Graph) -> tuple[States, Phase]:
         read = tuple([place for place, g in enumerate(graph.output_cotangents) if g is not None])
-        known = self._read_by_loss.setdefault(len(graph.outputs), read)
-        if self.feedback and known != read:
+        if not self.feedback:
+            self._read_by_loss.clear()
+        if (known := self._read_by_loss.setdefault(len(graph.outputs), read)) != read:
             raise ValueError(
                 f"the loss reads the outputs {read} of the module, counted from 0, and direct feedback has matrices "
                 f"for the errors of {known}: let the loss read all of them in every pass, as by adding "
                 "0 * other_output.sum()"
             )
-        self._read_by_loss[len(graph.outputs)] = read
         return self._fed_back(graph, _errors(graph))
 
     def _forward(self, args: Any, kwargs: Any) -> Any:

@@ -98,7 +98,8 @@ class WithLoss(nn.Module):
     def __init__(self, network: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
         self.network = network
-        # A function is not copied, and with it what a method is bound to: a trainer, with all that it holds.
+        # Another run works on a copy of what a module keeps, but for functions: what a method is bound to, such as a
+        # trainer with all that it holds, is not to be copied.
         self.loss_fn = (lambda *args: loss_fn(*args)) if isinstance(loss_fn, MethodType) else loss_fn
 
     def forward(self, *args: Any, target: Any, **kwargs: Any) -> Tensor:
@@ -115,21 +116,28 @@ class EnergyRule(Rule):
     loss_fn: LossFunction | None
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction | None, settings: EnergySettings) -> None:
-        _check_loss_fn(loss_fn)
         super().__init__(module, settings)
-        vars(self)["loss_fn"] = loss_fn
-        if loss_fn is not None:
-            refuse_target_of_its_own(self)
+        self._keep_loss_fn(loss_fn)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "loss_fn":
+        if name == "loss_fn":
+            self._keep_loss_fn(value)
+            self._configure(self.settings)  # the next pass is the first with this loss
+        else:
             super().__setattr__(name, value)
-            return
-        _check_loss_fn(value)
-        if value is not None:
+
+    def _keep_loss_fn(self, loss_fn: Any) -> None:
+        """Keeps it as the wrapper's own, also where it is a module.
+
+        Raises:
+            TypeError: if it is neither callable nor None.
+            ValueError: if the module has an argument ``target`` of its own.
+        """
+        if loss_fn is not None:
+            if not callable(loss_fn):
+                raise TypeError(f"loss_fn must map the module's result and the target to a loss, got {shown(loss_fn)}")
             refuse_target_of_its_own(self)
-        vars(self)["loss_fn"] = value
-        self._configure(self.settings)  # the next pass is the first with this loss
+        vars(self)["loss_fn"] = loss_fn
 
     @property
     def _steps_run_model(self) -> bool:
@@ -215,8 +223,8 @@ class PredictiveCoding(EnergyRule):
     The loss's scale is part of the rule: the larger it is, the farther the activities move from x̄. As it goes to zero,
     the gradient at rest goes to backpropagation's, with first order. For predictions that stay as the feedforward pass
     made them, take ``ActivationRelaxation(module, initial="zero")``. n steps cost n forward passes and n products.
-    An activity that was computed from nothing that requires a gradient is an input of the rest, and stays: where the
-    first layers are frozen, the others have other gradients than where these move.
+    An activity that was computed from nothing that requires a gradient does not move: it is an input of the others. So
+    the gradients of these change if the first layers are frozen.
 
     Args:
         module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
@@ -277,7 +285,7 @@ class EquilibriumPropagation(EnergyRule):
 
     The loss is given, and the target with the input, as for `PredictiveCoding`; or ``module`` returns its loss. A
     factor of the loss outside of it scales the gradient, and no activity. n steps cost n forward passes and n products
-    in each of the two phases. As in `PredictiveCoding`, what was computed from nothing that requires a gradient stays.
+    in each of the two phases. Which activities do not move, `PredictiveCoding` says.
 
     Args:
         module: any module. Without ``loss_fn`` it has to return its loss, alone or beside results without a gradient.
@@ -357,7 +365,7 @@ class EquilibriumPropagation(EnergyRule):
 
 
 def _outer_factor(graph: Graph) -> float:
-    """What the loss is multiplied by outside: of several losses, for the one that has the largest."""
+    """What the loss is multiplied by outside; where there are several losses, the factor of the largest size."""
     return max([float(g) for g in graph.output_cotangents if g is not None], key=abs, default=1.0) or 1.0
 
 
@@ -486,16 +494,6 @@ def _moves(states: States, drive: Gradients) -> list[Tensor | None]:
 def _loss(graph: Graph, outputs: Sequence[Tensor]) -> float:
     driven = zip(outputs, graph.output_cotangents, strict=True)
     return sum([float((y.detach() * g).real.sum()) for y, g in driven if g is not None])
-
-
-def _check_loss_fn(loss_fn: object) -> None:
-    """Refuse what maps nothing to a loss.
-
-    Raises:
-        TypeError: if it is neither callable nor None.
-    """
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must map the module's result and the target to a loss, got {shown(loss_fn)}")
 
 
 def _check_loss(graph: Graph, name: str, *, has_loss_fn: bool) -> None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from relaxprop.lab import checkpoint, store
-from relaxprop.lab.checkpoint import LATEST, PREVIOUS, kept_checkpoint
+from relaxprop.lab.checkpoint import PREVIOUS, kept_checkpoint
 from relaxprop.lab.config import RunConfig
 from relaxprop.lab.data import Dataset
 from relaxprop.lab.engines.processes import prepare
-from relaxprop.lab.files import OutputError, check_writable, write_atomically
+from relaxprop.lab.files import LATEST, OutputError, check_writable, write_atomically
 from relaxprop.lab.results import EpochMetrics
 from relaxprop.lab.store import Record, read_run
 from relaxprop.lab.training import train

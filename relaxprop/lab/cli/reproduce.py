@@ -249,7 +249,7 @@ def _reproduce_rules(
         return _computed(configs, labels, loaded, runs, compute, tools)
 
     for model in rules.MODELS:  # all, before anything is computed
-        rules.refuse_to_discard_any(folder / model, only, seeds or rules.SEEDS, epochs or rules.EPOCHS)
+        rules.refuse_to_discard_rivals(folder / model, only, seeds or rules.SEEDS, epochs or rules.EPOCHS)
     for model in rules.MODELS:
         found, paths = rules.compare_rivals(
             model,

@@ -448,7 +448,7 @@ def write_rivals(folder: Path) -> tuple[Rivals, list[Path]]:
 Compute = Callable[[Sequence[str], Sequence[RunConfig]], list[FinishedRun]]
 
 
-def refuse_to_discard_any(folder: Path, only: Sequence[str], seeds: int, epochs: int) -> None:
+def refuse_to_discard_rivals(folder: Path, only: Sequence[str], seeds: int, epochs: int) -> None:
     """As `store.refuse_to_discard`, of records in a network's folder, whose learning rates are not known yet."""
     names = first_rates(only)
     refuse_to_discard(folder / RECORDS, lambda name, run: epochs if name in names and run.seed < seeds else 0)
