@@ -374,3 +374,18 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
             "a.html: loads https://example.org/d.js",
         ],
     )
+
+
+def test_the_sizes_in_the_text_are_those_of_the_measured_phase() -> None:
+    text, phases = TEXT["results/rules"], kept("moving-phase/outcome.json")["outcome"]
+
+    def after_20_steps(when: str) -> dict[tuple[bool, float], list[dict[str, float]]]:
+        """By whether the rule is strict predictive coding and by the factor of the loss, the layers."""
+        rows = [row for row in phases[when] if row["steps"] == 20]
+        return {("strict" in row["rule"], row["factor"]): [*row["layers"].values()] for row in rows}
+
+    start, later = after_20_steps("start"), after_20_steps("60 updates")
+    first, *_, last = start.pop((True, 1.0))
+    assert f"first convolution has {first['size']:.2f} of its gradient, and the output layer {last['size']:.2f}" in text
+    assert {f"{layers[-1]['cosine']:.2f}" for layers in start.values()} == {"1.00"}
+    assert f"this cosine is {later[True, 1.0][-1]['cosine']:.2f} in strict predictive coding" in text

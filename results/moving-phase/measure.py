@@ -2,10 +2,11 @@
 
     RELAXPROP_DATA=FOLDER python results/moving-phase/measure.py       # half a minute, one thread
 
-The network is as the runs of `relaxprop reproduce rules` start it (seed 0), the minibatch is the first 64 training images. For
-each rule, number of steps of 0.1 and factor of the loss: the cosine of each weight's gradient to backpropagation's, and its
-size beside it, both over the factor. Once at the start, and once after a number of backpropagation's updates at the rate that
-`reproduce rules` has chosen for it. Writes outcome.json and, made of it alone, table.md.
+The network starts as in the runs of `relaxprop reproduce rules` (seed 0), and the minibatch is the first 64 training
+images. Each row is a rule, a number of steps of 0.1, and a factor by which the loss is multiplied. For every weight it
+has the cosine of the gradient to backpropagation's, and its norm over the factor, relative to backpropagation's norm.
+The network is looked at twice: at the start, and after updates by backpropagation at the rate that `reproduce rules`
+has chosen for it. Writes outcome.json and, made of it alone, table.md.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def write_table() -> None:
     ]  # fmt: skip
     table = markdown_table(("after", "rule", "steps", "loss ×", *short), rows)
     where = ", ".join(f"{name} {value}" for name, value in told["environment"].items() if value is not None)
-    write_atomically(HERE / "table.md", f"{table}\n\n{told['dataset']}, `{told['command']}`: {where}\n")
+    write_atomically(HERE / "table.md", f"{table}\n{told['dataset']}, `{told['command']}`: {where}\n")
 
 
 if __name__ == "__main__":
