@@ -379,13 +379,17 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 def test_the_sizes_in_the_text_are_those_of_the_measured_phase() -> None:
     text, phases = TEXT["results/rules"], kept("moving-phase/outcome.json")["outcome"]
 
-    def after_20_steps(when: str) -> dict[tuple[bool, float], list[dict[str, float]]]:
-        """By whether the rule is strict predictive coding and by the factor of the loss, the layers."""
-        rows = [row for row in phases[when] if row["steps"] == 20]
+    def layers_of(when: str, steps: int) -> dict[tuple[bool, float], list[dict[str, float]]]:
+        """By whether the rule is strict predictive coding and by the factor of the loss."""
+        rows = [row for row in phases[when] if row["steps"] == steps]
         return {("strict" in row["rule"], row["factor"]): [*row["layers"].values()] for row in rows}
 
-    start, later = after_20_steps("start"), after_20_steps("60 updates")
-    first, *_, last = start.pop((True, 1.0))
-    assert f"first convolution has {first['size']:.2f} of its gradient, and the output layer {last['size']:.2f}" in text
-    assert {f"{layers[-1]['cosine']:.2f}" for layers in start.values()} == {"1.00"}
-    assert f"this cosine is {later[True, 1.0][-1]['cosine']:.2f} in strict predictive coding" in text
+    start, later = layers_of("start", 20), layers_of("60 updates", 20)
+    first = {f"{layers[0]['size']:.2f}" for layers in start.values()}
+    assert first == {"0.02"}
+    assert "the first convolution has 0.02 of its gradient in both" in text
+    strict = later.pop((True, 1.0))[-1]["cosine"], layers_of("60 updates", 200)[True, 1.0][-1]["cosine"]
+    assert (
+        f"cosine is {strict[0]:.2f} in strict predictive coding, and {strict[1]:.2f} after 200 steps, but 1.00" in text
+    )
+    assert {f"{layers[-1]['cosine']:.2f}" for layers in later.values()} == {"1.00"}

@@ -1,4 +1,4 @@
-"""What a phase of moving activities makes of the gradients of CIFAR-10's CNN: why strict predictive coding lags there.
+"""What a phase of moving activities makes of the gradients of CIFAR-10's CNN, where strict predictive coding lags.
 
     RELAXPROP_DATA=FOLDER python results/moving-phase/measure.py       # half a minute, one thread
 
